@@ -1,0 +1,1 @@
+"""What the pipeline stands on: the embedded broker and deployment files."""

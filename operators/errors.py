@@ -1,0 +1,55 @@
+"""What can go wrong in a lane, as a few classes that say what their reader must do.
+
+A message says what happened, what was got, what was expected, where (``topic[partition]@offset``,
+stream), and the next step. Bad settings raise `SettingsError` on the driver, before anything starts.
+"""
+
+from __future__ import annotations
+
+
+class StormlineError(Exception):
+    """Base of every error that stormline raises on purpose."""
+
+
+class SettingsError(StormlineError):
+    """A setting is missing, unknown or impossible. Correct the settings file or `--set`; nothing was started."""
+
+
+class SourceError(StormlineError):
+    """Kafka cannot be read: unreachable, refused, or a topic is missing. Check the broker and the `kafka:` settings."""
+
+
+class PublishError(StormlineError):
+    """A video cannot be published: unreadable input, or a segment over the topic's limit. The message says which option helps."""
+
+
+class MediaError(StormlineError):
+    """A segment's bytes are no video that we can decode. Nothing to do: it becomes a dead letter and the stream goes on.
+
+    Attributes:
+        reason: One word for counting and filtering, from `REASONS` in `operators.decode`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class OrderError(StormlineError):
+    """A lane's rows arrived out of order or not at all. The lane restarts from its checkpoint; report it if it repeats."""
+
+
+class CheckpointError(StormlineError):
+    """A checkpoint is damaged or belongs to other settings. The message names the file and the choices."""
+
+
+class CommitError(StormlineError):
+    """An epoch could not be written: disk full or not writable. Free space; the lane restarts from its last checkpoint."""
+
+
+class OutputLockedError(StormlineError):
+    """Another stormline writes to this output folder. Stop that one, or choose another `output.path`."""
+
+
+class ServiceError(StormlineError):
+    """The LLM deployment did not answer. The lane retries, then restarts from its checkpoint; look at the Serve logs."""

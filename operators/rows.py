@@ -1,0 +1,399 @@
+"""The rows that travel through a lane, one record type per edge.
+
+    source ──Segment──▶ decode ──DecodedSegment──▶ encode ──EncodedSegment──▶ annotate ──AnnotatedSegment──▶ commit
+           ──Barrier──▶        ──────────────────▶        (+ its snapshot) ─▶          (+ its snapshot) ────▶
+
+Every edge carries the same four columns (`ROW_SCHEMA`), so that a block's schema never depends on what is in
+it: the kind, the lane's own sequence number, a small JSON header, and the bytes. One row stands for one Kafka
+record or one barrier and keeps its `lane_seq` from the source to the commit. Bytes are read back as views into
+the Arrow block, without a copy.
+
+Times are integer nanoseconds UTC, named `_ns`. Times of day never enter a computation of frames or tokens, only
+the times of the media do, so that a replay gives the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+ROW_SCHEMA = pa.schema(
+    [
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("lane_seq", pa.int64(), nullable=False),
+        pa.field("header", pa.string(), nullable=False),
+        pa.field("parts", pa.list_(pa.large_binary()), nullable=False),
+    ]
+)
+
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of any edge, as its four columns."""
+
+    kind: str
+    lane_seq: int
+    header: dict[str, Any]
+    parts: tuple[Buffer, ...] = ()
+
+    def to_table(self) -> pa.Table:
+        """Return a table of one row in `ROW_SCHEMA`."""
+        return pa.table(
+            [
+                pa.array([self.kind], pa.string()),
+                pa.array([self.lane_seq], pa.int64()),
+                pa.array([json.dumps(self.header, separators=(",", ":"))], pa.string()),
+                _list_of_buffers(self.parts),
+            ],
+            schema=ROW_SCHEMA,
+        )
+
+
+def _list_of_buffers(parts: Sequence[Buffer]) -> pa.ListArray:
+    """Build a one-element list<large_binary> array; a single part is wrapped without a copy."""
+    sizes = [memoryview(p).nbytes for p in parts]
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    data = pa.py_buffer(parts[0]) if len(parts) == 1 else pa.py_buffer(b"".join(parts))
+    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), data])
+    return pa.ListArray.from_arrays(pa.array([0, len(parts)], pa.int32()), values)
+
+
+def rows_of(table: pa.Table) -> list[Row]:
+    """Read the rows of a block; their parts are views into the block's memory."""
+    rows: list[Row] = []
+    parts_column = table.column("parts").combine_chunks() if table.num_rows else None
+    for i in range(table.num_rows):
+        assert parts_column is not None
+        parts = parts_column[i].values
+        rows.append(
+            Row(
+                kind=table.column("kind")[i].as_py(),
+                lane_seq=table.column("lane_seq")[i].as_py(),
+                header=json.loads(table.column("header")[i].as_py()),
+                parts=tuple(memoryview(p.as_buffer()) for p in parts) if parts is not None else (),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class SegmentMeta:
+    """Which piece of which stream this is, and where it came from."""
+
+    stream_id: str
+    session: str
+    seq: int  # 0, 1, 2… within the session; counted by the source where the publisher sent none
+    start_ns: int  # UTC time of its first frame
+    session_start_ns: int  # origin of the session's sampling grid
+    content_type: str  # as the publisher named it, or ""
+    end: bool  # last segment of its session
+    gap_segments: int  # segments missing just before this one, 0 where the sequence is whole
+    topic: str
+    partition: int
+    offset: int  # of the record itself; a position to resume from is a `next_offset`
+    append_ns: int  # the record's Kafka timestamp: for latency only
+    n_bytes: int
+
+    @property
+    def where(self) -> str:
+        """Return ``topic[partition]@offset stream=… seq=…`` for messages."""
+        return f"{self.topic}[{self.partition}]@{self.offset} stream={self.stream_id} session={self.session} seq={self.seq}"
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """Something that could not be used. `reason` is one word; `detail` says it in a sentence."""
+
+    reason: str
+    detail: str
+    stream_id: str
+    session: str
+    seq: int
+    topic: str
+    partition: int
+    offset: int
+    start_ns: int
+    n_bytes: int
+    data: Buffer = field(repr=False, default=b"")  # the record's bytes, cut at the configured limit
+
+    @classmethod
+    def of(cls, meta: SegmentMeta, reason: str, detail: str, data: Buffer = b"") -> DeadLetter:
+        """Build one from the segment that it happened to."""
+        return cls(
+            reason=reason,
+            detail=detail,
+            stream_id=meta.stream_id,
+            session=meta.session,
+            seq=meta.seq,
+            topic=meta.topic,
+            partition=meta.partition,
+            offset=meta.offset,
+            start_ns=meta.start_ns,
+            n_bytes=meta.n_bytes,
+            data=data,
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One Kafka record, source → decode."""
+
+    meta: SegmentMeta
+    data: Buffer = field(repr=False)
+    dead_letters: tuple[DeadLetter, ...] = ()  # what the source saw: gaps before this record
+
+    KIND = "segment"
+
+    def to_row(self, lane_seq: int) -> Row:
+        """Return its row."""
+        dead, dead_parts = _pack_dead(self.dead_letters)
+        return Row(self.KIND, lane_seq, {"meta": asdict(self.meta), "dead": dead}, (self.data, *dead_parts))
+
+    @classmethod
+    def from_row(cls, row: Row) -> Segment:
+        """Read it back."""
+        return cls(
+            SegmentMeta(**row.header["meta"]), row.parts[0], _unpack_dead(row.header["dead"], row.parts[1:])
+        )
+
+
+@dataclass(frozen=True)
+class DecodedSegment:
+    """The frames of one segment that the sampling grid may need, decode → encode.
+
+    Grid time g of a session is ``session_start_ns + g * 1e9 / fps``; the frame of g is the last one with
+    time ≤ g. Inside a segment that is decided here. The segment's last frame, the *tail*, also covers grid times
+    up to the next segment's first frame, which only the encoder can know: it keeps the tail in the stream's state.
+    """
+
+    meta: SegmentMeta
+    grid_indices: np.ndarray  # (n,) int64, strictly rising: g with its frame inside this segment and decided
+    frames: np.ndarray = field(repr=False)  # (n + 1, H, W, 3) uint8 RGB; the last one is the tail
+    first_ns: int  # time of the segment's first frame
+    tail_ns: int  # time of its last frame
+    n_frames: int  # frames decoded; 0 where the segment failed: then frames is (0, H, W, 3)
+    dead_letters: tuple[DeadLetter, ...] = ()
+
+    KIND = "frames"
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing of the segment could be used."""
+        return self.n_frames == 0
+
+    def to_row(self, lane_seq: int) -> Row:
+        """Return its row."""
+        dead, dead_parts = _pack_dead(self.dead_letters)
+        header = {
+            "meta": asdict(self.meta),
+            "grid": self.grid_indices.tolist(),
+            "shape": list(self.frames.shape),
+            "first_ns": self.first_ns,
+            "tail_ns": self.tail_ns,
+            "n_frames": self.n_frames,
+            "dead": dead,
+        }
+        return Row(self.KIND, lane_seq, header, (_view(self.frames), *dead_parts))
+
+    @classmethod
+    def from_row(cls, row: Row) -> DecodedSegment:
+        """Read it back; the frames are a read-only view."""
+        h = row.header
+        return cls(
+            meta=SegmentMeta(**h["meta"]),
+            grid_indices=np.array(h["grid"], np.int64),
+            frames=np.frombuffer(row.parts[0], np.uint8).reshape(h["shape"]),
+            first_ns=h["first_ns"],
+            tail_ns=h["tail_ns"],
+            n_frames=h["n_frames"],
+            dead_letters=_unpack_dead(h["dead"], row.parts[1:]),
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of K sampled frames of one session."""
+
+    stream_id: str
+    session: str
+    chunk_index: int
+    start_ns: int  # grid time of its first frame
+    end_ns: int  # grid time of its last frame plus one grid step
+    session_start_ns: int
+    n_frames: int
+    scene_score: float  # distance of its features from the chunk before, 0 to 2; nan for the first
+    topic: str
+    partition: int
+    offset: int  # of the record that completed it
+    append_ns: int  # that record's Kafka timestamp: for latency only
+    tokens: np.ndarray = field(repr=False)  # (n_tokens, d_model) float16
+
+
+@dataclass(frozen=True)
+class EncodedSegment:
+    """What one record completed, encode → annotate: usually no chunk or one, several for a long segment."""
+
+    meta: SegmentMeta
+    chunks: tuple[Chunk, ...]
+    closed_sessions: tuple[str, ...] = ()  # sessions of this stream that end with these chunks
+    dead_letters: tuple[DeadLetter, ...] = ()
+    n_frames: int = 0  # decoded
+    n_sampled: int = 0  # taken on the grid
+
+    KIND = "chunks"
+
+    def to_row(self, lane_seq: int) -> Row:
+        """Return its row."""
+        dead, dead_parts = _pack_dead(self.dead_letters)
+        chunk_headers, chunk_parts = _pack_chunks(self.chunks)
+        header = {
+            "meta": asdict(self.meta),
+            "chunks": chunk_headers,
+            "closed": list(self.closed_sessions),
+            "n_frames": self.n_frames,
+            "n_sampled": self.n_sampled,
+            "dead": dead,
+        }
+        return Row(self.KIND, lane_seq, header, (*chunk_parts, *dead_parts))
+
+    @classmethod
+    def from_row(cls, row: Row) -> EncodedSegment:
+        """Read it back; tokens are read-only views."""
+        h = row.header
+        n = len(h["chunks"])
+        return cls(
+            meta=SegmentMeta(**h["meta"]),
+            chunks=_unpack_chunks(h["chunks"], row.parts[:n]),
+            closed_sessions=tuple(h["closed"]),
+            dead_letters=_unpack_dead(h["dead"], row.parts[n:]),
+            n_frames=h["n_frames"],
+            n_sampled=h["n_sampled"],
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One caption, alert or answer: a row of the results table."""
+
+    query_id: str
+    kind: str  # caption, alert, answer
+    stream_id: str
+    session: str
+    start_ns: int
+    end_ns: int
+    prompt: str
+    answer: str
+    alert: bool
+    tokens_used: int  # video tokens given to the LLM
+    token_policy: str
+    latency_ms: float  # from asking the LLM to its answer
+    model: str
+    emitted_ns: int
+
+
+@dataclass(frozen=True)
+class AnnotatedSegment:
+    """An encoded segment with the results that it led to, annotate → commit."""
+
+    encoded: EncodedSegment
+    results: tuple[Result, ...] = ()
+
+    KIND = "results"
+
+    def to_row(self, lane_seq: int) -> Row:
+        """Return its row."""
+        row = self.encoded.to_row(lane_seq)
+        return Row(self.KIND, lane_seq, {**row.header, "results": [asdict(r) for r in self.results]}, row.parts)
+
+    @classmethod
+    def from_row(cls, row: Row) -> AnnotatedSegment:
+        """Read it back."""
+        return cls(EncodedSegment.from_row(row), tuple(Result(**r) for r in row.header["results"]))
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a partition's reading goes on."""
+
+    topic: str
+    partition: int
+    next_offset: int  # first not yet read
+    lag: int = 0  # records behind the partition's end when the barrier was made; -1 where unknown
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A cut through the lane: everything before it has passed each step when it reaches the commit.
+
+    Each stateful step adds its snapshot under its own name as the barrier passes.
+    """
+
+    positions: tuple[Position, ...]
+    made_ns: int
+    snapshots: dict[str, Buffer] = field(default_factory=dict, repr=False)
+    final: bool = False  # the source ends after this one
+
+    KIND = "barrier"
+
+    def with_snapshot(self, step: str, snapshot: bytes) -> Barrier:
+        """Return the barrier with one more step's state."""
+        if step in self.snapshots:
+            raise ValueError(f"step {step!r} added its snapshot to this barrier twice")
+        return replace(self, snapshots={**self.snapshots, step: snapshot})
+
+    def to_row(self, lane_seq: int) -> Row:
+        """Return its row."""
+        header = {
+            "positions": [asdict(p) for p in self.positions],
+            "made_ns": self.made_ns,
+            "steps": list(self.snapshots),
+            "final": self.final,
+        }
+        return Row(self.KIND, lane_seq, header, tuple(self.snapshots.values()))
+
+    @classmethod
+    def from_row(cls, row: Row) -> Barrier:
+        """Read it back."""
+        h = row.header
+        return cls(
+            positions=tuple(Position(**p) for p in h["positions"]),
+            made_ns=h["made_ns"],
+            snapshots=dict(zip(h["steps"], row.parts, strict=True)),
+            final=h["final"],
+        )
+
+
+def _view(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _pack_dead(letters: Sequence[DeadLetter]) -> tuple[list[dict[str, Any]], list[Buffer]]:
+    headers = [{k: v for k, v in vars(d).items() if k != "data"} for d in letters]
+    return headers, [d.data for d in letters]
+
+
+def _unpack_dead(headers: Sequence[dict[str, Any]], parts: Sequence[Buffer]) -> tuple[DeadLetter, ...]:
+    return tuple(DeadLetter(**h, data=p) for h, p in zip(headers, parts, strict=True))
+
+
+def _pack_chunks(chunks: Sequence[Chunk]) -> tuple[list[dict[str, Any]], list[Buffer]]:
+    headers = [
+        {**{k: v for k, v in vars(c).items() if k != "tokens"}, "shape": list(c.tokens.shape)} for c in chunks
+    ]
+    return headers, [_view(c.tokens) for c in chunks]
+
+
+def _unpack_chunks(headers: Sequence[dict[str, Any]], parts: Sequence[Buffer]) -> tuple[Chunk, ...]:
+    chunks = []
+    for header, part in zip(headers, parts, strict=True):
+        fields = dict(header)
+        shape = fields.pop("shape")
+        chunks.append(Chunk(**fields, tokens=np.frombuffer(part, np.float16).reshape(shape)))
+    return tuple(chunks)
