@@ -15,9 +15,9 @@ the times of the media do, so that a replay gives the same rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +61,9 @@ def _list_of_buffers(parts: Sequence[Buffer]) -> pa.ListArray:
     sizes = [memoryview(p).nbytes for p in parts]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     data = pa.py_buffer(parts[0]) if len(parts) == 1 else pa.py_buffer(b"".join(parts))
-    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), data])
+    values = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), data]
+    )
     return pa.ListArray.from_arrays(pa.array([0, len(parts)], pa.int32()), values)
 
 
@@ -310,7 +312,9 @@ class AnnotatedSegment:
     def to_row(self, lane_seq: int) -> Row:
         """Return its row."""
         row = self.encoded.to_row(lane_seq)
-        return Row(self.KIND, lane_seq, {**row.header, "results": [asdict(r) for r in self.results]}, row.parts)
+        return Row(
+            self.KIND, lane_seq, {**row.header, "results": [asdict(r) for r in self.results]}, row.parts
+        )
 
     @classmethod
     def from_row(cls, row: Row) -> AnnotatedSegment:
@@ -328,32 +332,43 @@ class Position:
     lag: int = 0  # records behind the partition's end when the barrier was made; -1 where unknown
 
 
+class SnapshotKey(NamedTuple):
+    """Whose state a snapshot holds: one stateful step's, for the streams of one partition, so that it can move."""
+
+    step: str
+    topic: str
+    partition: int
+
+
 @dataclass(frozen=True)
 class Barrier:
     """A cut through the lane: everything before it has passed each step when it reaches the commit.
 
-    Each stateful step adds its snapshot under its own name as the barrier passes.
+    Each stateful step adds its snapshots under its own name as the barrier passes.
     """
 
     positions: tuple[Position, ...]
     made_ns: int
-    snapshots: dict[str, Buffer] = field(default_factory=dict, repr=False)
+    snapshots: dict[SnapshotKey, Buffer] = field(default_factory=dict, repr=False)
     final: bool = False  # the source ends after this one
 
     KIND = "barrier"
 
-    def with_snapshot(self, step: str, snapshot: bytes) -> Barrier:
-        """Return the barrier with one more step's state."""
-        if step in self.snapshots:
-            raise ValueError(f"step {step!r} added its snapshot to this barrier twice")
-        return replace(self, snapshots={**self.snapshots, step: snapshot})
+    def with_snapshots(self, step: str, by_partition: Mapping[tuple[str, int], Buffer]) -> Barrier:
+        """Return the barrier with one more step's states, one for each partition."""
+        if any(key.step == step for key in self.snapshots):
+            raise ValueError(f"step {step!r} added its snapshots to this barrier twice")
+        mine = {
+            SnapshotKey(step, topic, partition): data for (topic, partition), data in by_partition.items()
+        }
+        return replace(self, snapshots={**self.snapshots, **mine})
 
     def to_row(self, lane_seq: int) -> Row:
         """Return its row."""
         header = {
             "positions": [asdict(p) for p in self.positions],
             "made_ns": self.made_ns,
-            "steps": list(self.snapshots),
+            "snapshots": [list(key) for key in self.snapshots],
             "final": self.final,
         }
         return Row(self.KIND, lane_seq, header, tuple(self.snapshots.values()))
@@ -365,7 +380,7 @@ class Barrier:
         return cls(
             positions=tuple(Position(**p) for p in h["positions"]),
             made_ns=h["made_ns"],
-            snapshots=dict(zip(h["steps"], row.parts, strict=True)),
+            snapshots=dict(zip((SnapshotKey(*key) for key in h["snapshots"]), row.parts, strict=True)),
             final=h["final"],
         )
 
