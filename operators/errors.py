@@ -12,19 +12,19 @@ class StormlineError(Exception):
 
 
 class SettingsError(StormlineError):
-    """A setting is missing, unknown or impossible. Correct the settings file or `--set`; nothing was started."""
+    """A setting is missing, unknown or impossible. Correct the file or `--set`; nothing was started."""
 
 
 class SourceError(StormlineError):
-    """Kafka cannot be read: unreachable, refused, or a topic is missing. Check the broker and the `kafka:` settings."""
+    """Kafka cannot be read: unreachable, refused, no such topic. Check the broker and the `kafka:` settings."""
 
 
 class PublishError(StormlineError):
-    """A video cannot be published: unreadable input, or a segment over the topic's limit. The message says which option helps."""
+    """A video cannot be published: unreadable, or a segment over the topic's limit. The message says what helps."""
 
 
 class MediaError(StormlineError):
-    """A segment's bytes are no video that we can decode. Nothing to do: it becomes a dead letter and the stream goes on.
+    """A segment's bytes are no video that we can decode. It becomes a dead letter and the stream goes on.
 
     Attributes:
         reason: One word for counting and filtering, from `REASONS` in `operators.decode`.
@@ -36,7 +36,7 @@ class MediaError(StormlineError):
 
 
 class OrderError(StormlineError):
-    """A lane's rows arrived out of order or not at all. The lane restarts from its checkpoint; report it if it repeats."""
+    """A lane's rows arrived out of order. The lane restarts from its checkpoint; report it if it repeats."""
 
 
 class CheckpointError(StormlineError):
@@ -44,7 +44,7 @@ class CheckpointError(StormlineError):
 
 
 class CommitError(StormlineError):
-    """An epoch could not be written: disk full or not writable. Free space; the lane restarts from its last checkpoint."""
+    """An epoch could not be written: disk full, not writable. Free space; the lane restarts from its checkpoint."""
 
 
 class OutputLockedError(StormlineError):
@@ -52,4 +52,4 @@ class OutputLockedError(StormlineError):
 
 
 class ServiceError(StormlineError):
-    """The LLM deployment did not answer. The lane retries, then restarts from its checkpoint; look at the Serve logs."""
+    """The LLM deployment did not answer. The lane retries, then restarts; look at the Serve logs."""

@@ -1,15 +1,15 @@
 """The rows that travel through a lane, one record type per edge.
 
-    source ──Segment──▶ decode ──DecodedSegment──▶ encode ──EncodedSegment──▶ annotate ──AnnotatedSegment──▶ commit
-           ──Barrier──▶        ──────────────────▶        (+ its snapshot) ─▶          (+ its snapshot) ────▶
+    source ─Segment─▶ decode ─DecodedSegment─▶ encode ─EncodedSegment─▶ annotate ─AnnotatedSegment─▶ commit
+           ─Barrier─▶        ────────────────▶       (+ its snapshots) ▶         (+ its snapshots) ─▶
 
-Every edge carries the same four columns (`ROW_SCHEMA`), so that a block's schema never depends on what is in
-it: the kind, the lane's own sequence number, a small JSON header, and the bytes. One row stands for one Kafka
-record or one barrier and keeps its `lane_seq` from the source to the commit. Bytes are read back as views into
-the Arrow block, without a copy.
+Every edge carries the same four columns (`ROW_SCHEMA`), so that a block's schema never depends on what is
+in it: the kind, the lane's own sequence number, a small JSON header, and the bytes. One row stands for one
+Kafka record or one barrier and keeps its `lane_seq` from the source to the commit. Bytes are read back as
+views into the Arrow block, without a copy.
 
-Times are integer nanoseconds UTC, named `_ns`. Times of day never enter a computation of frames or tokens, only
-the times of the media do, so that a replay gives the same rows.
+Times are integer nanoseconds UTC, named `_ns`. The clock on the wall never enters a computation of frames or
+tokens, only the times of the media do, so that a replay gives the same rows.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class SegmentMeta:
     @property
     def where(self) -> str:
         """Return ``topic[partition]@offset stream=… seq=…`` for messages."""
-        return f"{self.topic}[{self.partition}]@{self.offset} stream={self.stream_id} session={self.session} seq={self.seq}"
+        place = f"{self.topic}[{self.partition}]@{self.offset}"
+        return f"{place} stream={self.stream_id} session={self.session} seq={self.seq}"
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,9 @@ class DecodedSegment:
     """The frames of one segment that the sampling grid may need, decode → encode.
 
     Grid time g of a session is ``session_start_ns + g * 1e9 / fps``; the frame of g is the last one with
-    time ≤ g. Inside a segment that is decided here. The segment's last frame, the *tail*, also covers grid times
-    up to the next segment's first frame, which only the encoder can know: it keeps the tail in the stream's state.
+    time ≤ g. Inside a segment that is decided here. The segment's last frame, the *tail*, also covers grid
+    times up to the next segment's first frame, which only the encoder can know: it keeps the tail in the
+    stream's state.
     """
 
     meta: SegmentMeta
@@ -333,7 +335,7 @@ class Position:
 
 
 class SnapshotKey(NamedTuple):
-    """Whose state a snapshot holds: one stateful step's, for the streams of one partition, so that it can move."""
+    """Whose state a snapshot holds: one step's, for the streams of one partition, so that it can move."""
 
     step: str
     topic: str
