@@ -16,11 +16,11 @@ class SettingsError(StormlineError):
 
 
 class SourceError(StormlineError):
-    """Kafka cannot be read: unreachable, refused, no such topic. Check the broker and the `kafka:` settings."""
+    """Kafka cannot be read: unreachable, refused, no such topic. Check the broker and `kafka:`."""
 
 
 class PublishError(StormlineError):
-    """A video cannot be published: unreadable, or a segment over the topic's limit. The message says what helps."""
+    """A video cannot be published: unreadable, or too large for the topic. The message says what helps."""
 
 
 class MediaError(StormlineError):
@@ -44,7 +44,7 @@ class CheckpointError(StormlineError):
 
 
 class CommitError(StormlineError):
-    """An epoch could not be written: disk full, not writable. Free space; the lane restarts from its checkpoint."""
+    """An epoch could not be written: disk full, not writable. Free space; the lane then restarts."""
 
 
 class OutputLockedError(StormlineError):

@@ -61,9 +61,7 @@ def _list_of_buffers(parts: Sequence[Buffer]) -> pa.ListArray:
     sizes = [memoryview(p).nbytes for p in parts]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     data = pa.py_buffer(parts[0]) if len(parts) == 1 else pa.py_buffer(b"".join(parts))
-    values = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), data]
-    )
+    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), data])
     return pa.ListArray.from_arrays(pa.array([0, len(parts)], pa.int32()), values)
 
 
@@ -162,9 +160,7 @@ class Segment:
     @classmethod
     def from_row(cls, row: Row) -> Segment:
         """Read it back."""
-        return cls(
-            SegmentMeta(**row.header["meta"]), row.parts[0], _unpack_dead(row.header["dead"], row.parts[1:])
-        )
+        return cls(SegmentMeta(**row.header["meta"]), row.parts[0], _unpack_dead(row.header["dead"], row.parts[1:]))
 
 
 @dataclass(frozen=True)
@@ -314,9 +310,7 @@ class AnnotatedSegment:
     def to_row(self, lane_seq: int) -> Row:
         """Return its row."""
         row = self.encoded.to_row(lane_seq)
-        return Row(
-            self.KIND, lane_seq, {**row.header, "results": [asdict(r) for r in self.results]}, row.parts
-        )
+        return Row(self.KIND, lane_seq, {**row.header, "results": [asdict(r) for r in self.results]}, row.parts)
 
     @classmethod
     def from_row(cls, row: Row) -> AnnotatedSegment:
@@ -360,9 +354,7 @@ class Barrier:
         """Return the barrier with one more step's states, one for each partition."""
         if any(key.step == step for key in self.snapshots):
             raise ValueError(f"step {step!r} added its snapshots to this barrier twice")
-        mine = {
-            SnapshotKey(step, topic, partition): data for (topic, partition), data in by_partition.items()
-        }
+        mine = {SnapshotKey(step, topic, partition): data for (topic, partition), data in by_partition.items()}
         return replace(self, snapshots={**self.snapshots, **mine})
 
     def to_row(self, lane_seq: int) -> Row:
@@ -401,9 +393,7 @@ def _unpack_dead(headers: Sequence[dict[str, Any]], parts: Sequence[Buffer]) -> 
 
 
 def _pack_chunks(chunks: Sequence[Chunk]) -> tuple[list[dict[str, Any]], list[Buffer]]:
-    headers = [
-        {**{k: v for k, v in vars(c).items() if k != "tokens"}, "shape": list(c.tokens.shape)} for c in chunks
-    ]
+    headers = [{**{k: v for k, v in vars(c).items() if k != "tokens"}, "shape": list(c.tokens.shape)} for c in chunks]
     return headers, [_view(c.tokens) for c in chunks]
 
 

@@ -1,0 +1,280 @@
+"""The one settings model: a YAML file plus `--set a.b=c`, checked before anything starts.
+
+Unknown keys are errors. A secret is named by reference, ``${env:NAME}`` or ``${file:/path}``, resolved where it
+is used, and shown as ``***``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..operators.errors import SettingsError
+
+SECRET_WORDS = ("password", "secret", "token", "key", "jaas")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class KafkaSettings(_Section):
+    """Where the streams arrive."""
+
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port[,host:port…] of the brokers.")
+    topics: list[str] = Field(["video"], min_length=1, description="Topics that carry segments.")
+    group_id: str = Field(
+        "stormline",
+        description="Consumer group that offsets are reported to, for lag tools. Never read back.",
+    )
+    start: Literal["earliest", "latest"] = Field(
+        "earliest", description="Where a partition that no checkpoint knows begins."
+    )
+    client: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to kafka-python as it is: security_protocol, sasl_mechanism, ssl_cafile… "
+        "Values may be ${env:NAME} or ${file:/path}.",
+    )
+
+
+class OutputSettings(_Section):
+    """Where results, tokens, dead letters and checkpoints go."""
+
+    path: Path = Field(Path("out"), description="Folder; made if it is not there. One stormline at a time.")
+    keep_tokens: bool = Field(True, description="Write the tokens table: needed to ask about the past.")
+    dead_letter_bytes: int = Field(
+        1 << 20, ge=0, description="How many bytes of an unusable record to keep with its reason."
+    )
+
+
+class SamplingSettings(_Section):
+    """Which frames are looked at."""
+
+    fps: Fraction = Field(Fraction(2), description="Grid of sampled frames a second of the stream: 2, 0.5, 30000/1001.")
+    max_hold_s: float = Field(
+        10.0,
+        gt=0,
+        description="A frame stands for later grid times this long; a longer silence gives no frames.",
+    )
+
+    @field_validator("fps", mode="before")
+    @classmethod
+    def _exact(cls, value: Any) -> Any:
+        return Fraction(str(value)) if isinstance(value, float | int | str) else value
+
+    @field_validator("fps")
+    @classmethod
+    def _in_range(cls, value: Fraction) -> Fraction:
+        if not 0 < value <= 120:
+            raise ValueError(f"got {value}, expected more than 0 and at most 120 frames a second")
+        return value
+
+
+class ModelSettings(_Section):
+    """The network that encodes and answers."""
+
+    path: str | None = Field(None, description="Checkpoint folder or hub id; nothing: the built-in small model.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1…")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class LaneSettings(_Section):
+    """How the lanes run."""
+
+    count: int = Field(1, ge=1, le=1024, description="Lanes; each reads its share of the partitions.")
+    decode_workers: int = Field(2, ge=1, le=256, description="Decoder processes a lane.")
+    encode_threads: int = Field(1, ge=1, description="CPU threads of a lane's encoder.")
+    barrier_interval_s: float = Field(2.0, gt=0, description="Time between commits.")
+    max_rows_in_flight: int = Field(32, ge=1, description="Records waiting for the LLM at once, a lane.")
+    stall_s: float = Field(120.0, gt=0, description="A lane without a barrier for so long is restarted.")
+    restart_backoff_s: float = Field(1.0, gt=0, description="First wait before a restart; doubles up to 30 s.")
+    max_restarts: int = Field(
+        10, ge=0, description="Restarts in a row, with no commit between, before a lane is given up."
+    )
+
+
+class LlmSettings(_Section):
+    """The LLM deployment on Ray Serve."""
+
+    replicas: int = Field(1, ge=1)
+    max_batch_size: int = Field(8, ge=1, le=1024, description="Prompts answered together.")
+    batch_wait_ms: float = Field(10.0, ge=0, description="How long a prompt waits for others to join its batch.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of a replica.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica.")
+    timeout_s: float = Field(120.0, gt=0, description="An answer slower than this fails the attempt.")
+
+
+class StoreSettings(_Section):
+    """Recent tokens in memory, for questions."""
+
+    max_bytes: int = Field(256 << 20, ge=1 << 20, description="Oldest chunks leave beyond this.")
+
+
+class CaptionQuery(_Section):
+    """A standing query: a caption of every window of the streams that it names."""
+
+    id: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    kind: Literal["caption"] = "caption"
+    streams: str = Field("*", description="Glob over stream ids.")
+    prompt: str = Field("Describe what happens.", min_length=1, max_length=4000)
+    window_s: float = Field(10.0, gt=0, le=86_400, description="Windows are counted from the session's start.")
+    token_budget: int = Field(256, ge=1, le=1_000_000, description="Video tokens given to the LLM a window.")
+    token_policy: Literal["recent", "uniform", "global_local"] = "uniform"
+    max_new_tokens: int = Field(48, ge=1, le=4096)
+
+
+class RaySettings(_Section):
+    """The Ray cluster."""
+
+    address: str | None = Field(None, description="Nothing: an embedded one on this machine. auto or ray://…")
+    num_cpus: int | None = Field(
+        None, ge=1, description="Logical CPUs of the embedded one; nothing: as many as the lanes need."
+    )
+    object_store_bytes: int = Field(512 << 20, ge=80 << 20, description="Shared memory of the embedded one.")
+    encode_num_gpus: float = Field(0.0, ge=0, description="GPUs of each lane's encoder.")
+
+
+class Settings(_Section):
+    """Everything that can be set; see `stormline run --help` for where from."""
+
+    kafka: KafkaSettings = KafkaSettings()
+    output: OutputSettings = OutputSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    model: ModelSettings = ModelSettings()
+    lanes: LaneSettings = LaneSettings()
+    llm: LlmSettings = LlmSettings()
+    store: StoreSettings = StoreSettings()
+    queries: list[CaptionQuery] = [CaptionQuery(id="caption")]
+    ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _queries_have_own_ids(self) -> Settings:
+        seen: set[str] = set()
+        for query in self.queries:
+            if query.id in seen:
+                raise ValueError(f"queries: the id {query.id!r} stands twice; give each query its own")
+            seen.add(query.id)
+        return self
+
+
+def load_settings(path: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Read settings from a YAML file and `a.b=c` overrides, later ones winning.
+
+    Args:
+        path: YAML file; None for the defaults.
+        overrides: Each ``section.key=value``, the value in YAML (``lanes.count=2``, ``kafka.topics=[a,b]``).
+
+    Raises:
+        SettingsError: What is wrong, where, and what was expected: one line for each mistake.
+    """
+    where = str(path) if path else "the defaults"
+    data = _read_yaml(path) if path else {}
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as e:
+        raise SettingsError(_explain(e, where)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise SettingsError(f"Cannot read the settings file {path}: {e.strerror}. Give an existing YAML file.") from e
+    except yaml.YAMLError as e:
+        raise SettingsError(f"{path} is not YAML: {e}") from e
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} holds a {type(data).__name__}, expected sections such as `kafka:` and `queries:`.")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key.strip():
+        raise SettingsError(f"--set {override!r}: expected section.key=value, for example lanes.count=2.")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise SettingsError(f"--set {override!r}: {section!r} is not a section.")
+        data = inner
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise SettingsError(f"--set {override!r}: {value!r} is not a YAML value: {e}") from e
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = [f"{error.error_count()} wrong in {where}:"]
+    for e in error.errors():
+        key = ".".join(str(part) for part in e["loc"]) or "settings"
+        if e["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown key; known here: {', '.join(_known_keys(e['loc'][:-1]))}")
+        else:
+            got = "" if isinstance(e["input"], dict) else f" (got {_masked_value(key, e['input'])!r})"
+            lines.append(f"  {key}: {e['msg']}{got}")
+    return "\n".join(lines)
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    section: Any = Settings
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields[part]
+        section = CaptionQuery if part == "queries" else field.annotation
+    return list(section.model_fields)
+
+
+def _masked_value(key: str, value: Any) -> Any:
+    last = key.rpartition(".")[2].lower()
+    return "***" if value is not None and any(word in last for word in SECRET_WORDS) else value
+
+
+def masked(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain data to print, secrets as ``***``."""
+
+    def walk(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: walk(v, k) for k, v in value.items()}
+        return _masked_value(key, value)
+
+    data = settings.model_dump(mode="json")
+    data["kafka"]["client"] = walk(data["kafka"]["client"])
+    return data
+
+
+_REFERENCE = re.compile(r"^\$\{(env|file):([^}]+)\}$")
+
+
+def resolve_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``${env:NAME}`` and ``${file:/path}`` values by what they refer to.
+
+    Raises:
+        SettingsError: If the variable is not set or the file cannot be read.
+    """
+    return {key: _resolve(key, value) for key, value in options.items()}
+
+
+def _resolve(key: str, value: Any) -> Any:
+    match = _REFERENCE.match(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    kind, name = match.groups()
+    if kind == "env":
+        if name not in os.environ:
+            raise SettingsError(f"{key}: the environment variable {name} is not set; set it or correct the reference.")
+        return os.environ[name]
+    try:
+        return Path(name).read_text().strip()
+    except OSError as e:
+        raise SettingsError(f"{key}: cannot read the secret file {name}: {e.strerror}.") from e
