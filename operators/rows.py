@@ -346,6 +346,7 @@ class Barrier:
     positions: tuple[Position, ...]
     made_ns: int
     snapshots: dict[SnapshotKey, Buffer] = field(default_factory=dict, repr=False)
+    counters: dict[str, int] = field(default_factory=dict)  # what the source has seen since the lane started
     final: bool = False  # the source ends after this one
 
     KIND = "barrier"
@@ -362,6 +363,7 @@ class Barrier:
         header = {
             "positions": [asdict(p) for p in self.positions],
             "made_ns": self.made_ns,
+            "counters": self.counters,
             "snapshots": [list(key) for key in self.snapshots],
             "final": self.final,
         }
@@ -374,6 +376,7 @@ class Barrier:
         return cls(
             positions=tuple(Position(**p) for p in h["positions"]),
             made_ns=h["made_ns"],
+            counters=h["counters"],
             snapshots=dict(zip((SnapshotKey(*key) for key in h["snapshots"]), row.parts, strict=True)),
             final=h["final"],
         )

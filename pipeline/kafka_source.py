@@ -1,0 +1,208 @@
+"""A continuous Kafka source for Ray Data: one read task that polls its partitions and yields for ever.
+
+Ray Data has none: its `read_kafka` is bounded (ray-project/ray issue 40513).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from ..operators.errors import SourceError
+from ..operators.rows import ROW_SCHEMA, Barrier, Position
+from .sessions import Record, SessionTracker
+from .settings import KafkaSettings, resolve_secrets
+
+if TYPE_CHECKING:
+    from kafka import KafkaConsumer, TopicPartition
+
+logger = logging.getLogger(__name__)
+
+POLL_TIMEOUT_MS = 50  # upper bound of how late a barrier can be when nothing arrives
+POLL_MAX_RECORDS = 16  # segments are large; more would only wait in this process
+STEP_NAME = "source"
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What one lane reads, and from where."""
+
+    kafka: KafkaSettings
+    partitions: tuple[tuple[str, int], ...]
+    next_offsets: Mapping[tuple[str, int], int]  # from the checkpoint; others begin at `kafka.start`
+    snapshots: Mapping[tuple[str, int], bytes] = field(default_factory=dict, repr=False)
+    barrier_interval_s: float = 2.0
+
+
+class KafkaSource(Datasource):
+    """Read a lane's partitions in order, for ever, with a barrier every few seconds.
+
+    One read task: the lane's order is the order in which it yields. Each row is a `Segment` or a `Barrier` and
+    carries `lane_seq`, counting up by one from 0. A barrier holds the next offset of every partition and the
+    source's own state, both after the last row yielded. Offsets are never committed or read back here.
+
+    The lane must run it as DESIGN of the lane says (`lane.py`): one block, no retries, one row a block.
+    """
+
+    def __init__(self, plan: SourcePlan):
+        super().__init__()
+        self._plan = plan
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: it never ends."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Return the one read task, whatever the parallelism asked for."""
+        plan = self._plan
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(lambda: read_forever(plan), metadata, schema=ROW_SCHEMA)]
+
+
+def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
+    """Yield one table a row; ends only when it is killed.
+
+    Raises:
+        SourceError: If the broker cannot be reached or refuses.
+    """
+    tracker = SessionTracker.restore(plan.snapshots)
+    consumer = open_consumer(plan.kafka)
+    try:
+        assignment = _assign(consumer, plan)
+        for lane_seq, item in enumerate(_items(consumer, assignment, tracker, plan.barrier_interval_s)):
+            yield item.to_row(lane_seq).to_table()
+    finally:
+        consumer.close()
+
+
+def _items(
+    consumer: KafkaConsumer, assignment: Sequence[TopicPartition], tracker: SessionTracker, interval_s: float
+) -> Iterator[Any]:
+    """Yield segments as they come and a barrier whenever its time is due, between two records."""
+    next_offsets = {tp: consumer.position(tp) for tp in assignment}
+    yield _barrier(consumer, next_offsets, tracker)
+    due_s = time.monotonic() + interval_s
+    while True:
+        for tp, record in _poll(consumer):
+            segment = tracker.take(_record(record))
+            next_offsets[tp] = record.offset + 1
+            if segment is not None:
+                yield segment
+            if time.monotonic() >= due_s:
+                yield _barrier(consumer, next_offsets, tracker)
+                due_s = time.monotonic() + interval_s
+        # Between polls everything that was fetched is handled, so the consumer's own position may be taken:
+        # it also steps over control records and aborted transactions, which a poll never returns.
+        for tp in assignment:
+            next_offsets[tp] = max(next_offsets[tp], consumer.position(tp) or 0)
+        if time.monotonic() >= due_s:
+            yield _barrier(consumer, next_offsets, tracker)
+            due_s = time.monotonic() + interval_s
+
+
+def _poll(consumer: KafkaConsumer) -> Iterable[tuple[TopicPartition, Any]]:
+    from kafka.errors import KafkaError
+
+    try:
+        batches = consumer.poll(timeout_ms=POLL_TIMEOUT_MS, max_records=POLL_MAX_RECORDS)
+    except KafkaError as e:
+        raise SourceError(f"Reading from Kafka failed: {e!r}. The lane restarts from its checkpoint.") from e
+    return [(tp, record) for tp, records in batches.items() for record in records]
+
+
+def _record(record: Any) -> Record:
+    return Record(
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        timestamp_ms=max(0, record.timestamp or 0),
+        key=record.key,
+        value=record.value,
+        headers=record.headers or (),
+    )
+
+
+def _barrier(consumer: KafkaConsumer, next_offsets: Mapping[TopicPartition, int], tracker: SessionTracker) -> Barrier:
+    positions = []
+    for tp, next_offset in next_offsets.items():
+        end = consumer.highwater(tp)
+        lag = max(0, end - next_offset) if end is not None else -1
+        positions.append(Position(tp.topic, tp.partition, next_offset, lag))
+    barrier = Barrier(tuple(positions), made_ns=time.time_ns(), counters=dict(tracker.counters))
+    return barrier.with_snapshots(STEP_NAME, tracker.snapshot())
+
+
+def _assign(consumer: KafkaConsumer, plan: SourcePlan) -> list[TopicPartition]:
+    from kafka import TopicPartition
+
+    assignment = [TopicPartition(*partition) for partition in plan.partitions]
+    consumer.assign(assignment)
+    fresh = [tp for tp in assignment if (tp.topic, tp.partition) not in plan.next_offsets]
+    # Looked up once and sought to, so that "latest" is a fixed offset from here on.
+    starts = (
+        (consumer.beginning_offsets if plan.kafka.start == "earliest" else consumer.end_offsets)(fresh) if fresh else {}
+    )
+    for tp in assignment:
+        consumer.seek(tp, plan.next_offsets.get((tp.topic, tp.partition), starts.get(tp, 0)))
+    return assignment
+
+
+def client_options(kafka: KafkaSettings) -> dict[str, Any]:
+    """Return the connection options for any kafka-python client, secrets resolved."""
+    return {"bootstrap_servers": kafka.bootstrap_servers.split(","), **resolve_secrets(kafka.client)}
+
+
+def open_consumer(kafka: KafkaSettings) -> KafkaConsumer:
+    """Connect a consumer without a group.
+
+    Raises:
+        SourceError: If no broker answers; says which address was tried.
+    """
+    from kafka import KafkaConsumer
+    from kafka.errors import KafkaError
+
+    options: dict[str, Any] = {
+        "enable_auto_commit": False,
+        "isolation_level": "read_committed",  # aborted records of a transactional publisher never existed
+        "auto_offset_reset": "none",  # an offset that is gone is an error to be seen, not a silent jump
+        "allow_auto_create_topics": False,
+        "max_partition_fetch_bytes": 4 << 20,  # a larger record still comes, alone
+        "bootstrap_timeout_ms": 10_000,
+        **client_options(kafka),
+    }
+    try:
+        return KafkaConsumer(**options)
+    except (KafkaError, OSError, ValueError, AssertionError) as e:
+        raise SourceError(
+            f"No Kafka broker answers at {kafka.bootstrap_servers} ({e!r}). Start one (`stormline broker`), or set "
+            "kafka.bootstrap_servers, and kafka.client for TLS and SASL."
+        ) from e
+
+
+def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
+    """Return every partition of the configured topics, sorted.
+
+    Raises:
+        SourceError: If a topic does not exist; lists those that do.
+    """
+    consumer = open_consumer(kafka)
+    try:
+        existing = sorted(consumer.topics())
+        missing = [t for t in kafka.topics if t not in existing]
+        if missing:
+            raise SourceError(
+                f"No topic {', '.join(missing)} at {kafka.bootstrap_servers}; there: {', '.join(existing) or 'none'}. "
+                "Create it, publish to it once, or set kafka.topics."
+            )
+        return sorted((t, p) for t in kafka.topics for p in consumer.partitions_for_topic(t) or ())
+    finally:
+        consumer.close()
