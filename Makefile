@@ -1,0 +1,60 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-unit test-integration test-gpu lint format build clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+FOLDERS := models infra operators pipeline tests benchmarks
+
+# Ray reports its usage to its makers unless told not to.
+export RAY_USAGE_STATS_ENABLED := 0
+# pyright asks the network whether there is a newer one, which its pin makes pointless.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv:  ## set up .venv, or nothing where it is up to date (PYTHON=python3.12 chooses the interpreter)
+	@PYTHON=$(PYTHON) .ci/venv
+
+demo: venv  ## see it work: a broker, a video through Kafka, captions and tokens in ./demo-out
+	@$(BIN)/stormline demo
+
+test:  ## unit tests, then integration tests; each prints its closing line and time
+	@status=0; \
+	$(MAKE) --no-print-directory test-unit || status=1; \
+	$(MAKE) --no-print-directory test-integration || status=1; \
+	exit $$status
+
+# Two workers: most of a unit run is importing torch and Ray once a process, so more of them lose.
+test-unit: venv  ## fast tests: no Ray, no sockets
+	@echo "== unit tests"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit -q -n 2 --dist loadfile
+
+# One process: the tests share one broker and one Ray cluster.
+test-integration: venv  ## tests with a real broker and a local Ray
+	@echo "== integration tests"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integration -q --durations=5
+
+test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
+	@echo "== GPU tests"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q --durations=5
+
+lint: venv  ## style, format and types, changing nothing
+	@$(BIN)/python -m ruff check $(wildcard $(FOLDERS))
+	@$(BIN)/python -m ruff format --check $(wildcard $(FOLDERS))
+	@$(BIN)/python -m pyright
+
+format: venv  ## format the code and fix what can be fixed
+	@$(BIN)/python -m ruff check --fix $(wildcard $(FOLDERS))
+	@$(BIN)/python -m ruff format $(wildcard $(FOLDERS))
+
+build: venv  ## build the wheel into dist/
+	@rm -rf build
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:  ## remove what was built, run and cached; keeps .venv and ./out
+	@rm -rf build dist demo-out .pytest_cache .ruff_cache *.egg-info
+	@find $(wildcard $(FOLDERS)) -name __pycache__ -type d -prune -exec rm -rf {} +
