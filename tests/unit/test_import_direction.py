@@ -24,7 +24,7 @@ SOURCES = sorted(path for folder in MAY_IMPORT for path in (ROOT / folder).rglob
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, absolute dotted name) of everything imported in a tree; `package` is what relative imports start at."""
+    """Yield (line, absolute dotted name) of each import in a tree; relative ones start at `package`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
