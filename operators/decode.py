@@ -1,0 +1,384 @@
+"""Decode: the bytes of a segment become the frames that the sampling grid may need. Stateless.
+
+Only those frames are converted, straight to the model's size. The rest are decoded, looked at for their time, and
+forgotten. What could not be decoded is counted and told in a dead letter: a segment keeps its good frames, and one
+that has none comes out as failed, which later steps treat as a gap.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from .errors import MediaError
+from .media import (
+    MAX_FRAME_PX,
+    ImageReader,
+    VideoReader,
+    decode_image,
+    ffmpeg_errors,
+    open_media,
+    open_video_stream,
+    sniff_image,
+)
+from .rows import ROW_SCHEMA, Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, rows_of
+from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_MS, NS_PER_S, GridSpec, MediaClock, walk_grid
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+
+log = logging.getLogger(__name__)
+
+REASONS = {
+    # nothing of the segment could be used
+    "empty": "a record without bytes that is not its session's last",
+    "not_media": "no container or image that is let in, or one that is broken from its start",
+    "no_video": "a container without a video stream, such as audio alone",
+    "no_decoder": "a video codec that this FFmpeg cannot decode",
+    "too_large": "frames over the limit on pixels",
+    "no_frames": "a video stream of which no frame could be decoded",
+    "error": "an error of ours; the log has its traceback",
+    # notices: the segment was used
+    "damaged": "some frames were lost",
+    "too_long": "the frames after the limit on a segment's length were not used",
+}
+"""Every `reason` of a dead letter that decoding writes, and of a `MediaError`."""
+
+SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+"""Bicubic as in SigLIP's own preprocessing (swscale widens the kernel when it shrinks, so nothing aliases), by the C
+paths that give the same bytes on every processor."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one segment may cost. The defaults are far over anything meant to be a segment."""
+
+    max_frame_px: int = MAX_FRAME_PX  # coded pixels of a frame
+    max_frames: int = 36_000  # frames decoded of a segment: ten minutes at 60 fps
+    max_sampled_bytes: int = 1 << 30  # RGB of a segment's sampled frames: 1,783 of 448x448, 15 minutes at 2 fps
+    max_span_ns: int = 3600 * NS_PER_S  # a frame's time from the first: one wild timestamp must not end a session
+
+
+def decode_segment(
+    data: Buffer, meta: SegmentMeta, *, grid: GridSpec, frame_hw: tuple[int, int], limits: DecodeLimits | None = None
+) -> DecodedSegment:
+    """Decode a segment on the calling thread and sample it on the session's grid.
+
+    The segment's first frame is at `meta.start_ns`, the others as far from it as their timestamps are; all times
+    are then rounded to whole milliseconds since the session's start (`MediaClock`). Frames that are corrupt or whose
+    time falls back are dropped and counted; rotated video is set upright; JPEG and PNG images are one frame.
+
+    Args:
+        data: Any container of `media.CONTAINERS`, or one JPEG or PNG image.
+        meta: Which segment it is.
+        grid: The lane's grid.
+        frame_hw: Size of the frames that come out; the aspect is not kept.
+        limits: What it may cost; by default `DecodeLimits()`.
+
+    Returns:
+        The sampled frames and the tail, with dead letters `damaged` or `too_long` where frames were lost. An empty
+        record that ends its session is failed without a dead letter: it only says that the session is over.
+
+    Raises:
+        MediaError: If it gives no frame at all; `reason` is one of `REASONS`.
+    """
+    limits = limits or DecodeLimits()
+    if not memoryview(data).nbytes:
+        if meta.end:
+            return failed_segment(meta, frame_hw)
+        raise MediaError("empty", f"a record without bytes: {meta.where}; expected media, or the header `end`")
+    codec = sniff_image(data)
+    if codec is not None:
+        frame = decode_image(data, codec, max_frame_px=limits.max_frame_px)
+        return sample_frames(ImageReader(frame), meta, None, grid=grid, frame_hw=frame_hw, limits=limits)
+    with open_media(data, max_frame_px=limits.max_frame_px) as container:
+        return decode_container(container, meta, None, grid=grid, frame_hw=frame_hw, limits=limits)
+
+
+def decode_file(
+    path: str | Path,
+    meta: SegmentMeta,
+    *,
+    grid: GridSpec,
+    frame_hw: tuple[int, int],
+    pts_range: tuple[int | None, int | None] = (None, None),
+    origin_pts: int | None = None,
+    limits: DecodeLimits | None = None,
+) -> DecodedSegment:
+    """Decode a local file, or the part of it between two keyframes, as a segment.
+
+    With the file's first timestamp as `origin_pts`, all parts of a file lie on one clock that starts at
+    `meta.session_start_ns`, and give the frames that the same file gives when it is published in segments.
+
+    Args:
+        path: The file.
+        meta: Which part of which session it is.
+        grid: The lane's grid.
+        frame_hw: Size of the frames that come out.
+        pts_range: [start, stop) timestamps of the keyframes that bound the part, in the stream's time base; None
+            for the file's start or end.
+        origin_pts: Timestamp of the frame at the session's start; None if it is this part's first frame, at
+            `meta.start_ns`.
+        limits: As for `decode_segment`.
+
+    Raises:
+        MediaError: As for `decode_segment`.
+        OSError: If the file cannot be read.
+    """
+    limits = limits or DecodeLimits()
+    with open_media(path, max_frame_px=limits.max_frame_px) as container:
+        return decode_container(
+            container, meta, origin_pts, pts_range=pts_range, grid=grid, frame_hw=frame_hw, limits=limits
+        )
+
+
+def decode_container(
+    container: InputContainer,
+    meta: SegmentMeta,
+    origin_pts: int | None,
+    *,
+    pts_range: tuple[int | None, int | None] = (None, None),
+    grid: GridSpec,
+    frame_hw: tuple[int, int],
+    limits: DecodeLimits,
+) -> DecodedSegment:
+    """Decode an open container; see `decode_segment` and `decode_file`."""
+    with ffmpeg_errors() as errors:
+        stream = open_video_stream(container, max_frame_px=limits.max_frame_px)
+        reader = VideoReader(container, stream, errors, pts_range)
+        clock = None
+        if origin_pts is not None and stream.time_base is not None:
+            clock = MediaClock(stream.time_base, origin_pts, meta.session_start_ns, meta.session_start_ns)
+        return sample_frames(reader, meta, clock, grid=grid, frame_hw=frame_hw, limits=limits)
+
+
+class FrameTimer:
+    """Puts times on a reader's frames and keeps those that can be used; iterate once.
+
+    Yields (elapsed ns, frame), never falling, and remembers the first and the last of them.
+    """
+
+    def __init__(
+        self, reader: VideoReader | ImageReader, meta: SegmentMeta, clock: MediaClock | None, limits: DecodeLimits
+    ):
+        self.reader = reader
+        self.meta = meta
+        self.clock = clock
+        self.limits = limits
+        self.n_kept = 0
+        self.n_fallen = 0  # frames with a time before an earlier one's, or too far from the first's
+        self.too_long = False
+        self.first_ns = meta.start_ns
+        self.tail_ns = meta.start_ns
+        self.tail: VideoFrame | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
+        for ticks, frame in self.reader:
+            clock = self.clock = self.clock or self.clock_of_segment(ticks)
+            time_ns = clock.time_ns(ticks)
+            if self.n_kept and not self.tail_ns <= time_ns <= self.first_ns + self.limits.max_span_ns:
+                self.n_fallen += 1
+                continue
+            if self.n_kept >= self.limits.max_frames:
+                self.too_long = True
+                return
+            self.first_ns = time_ns if not self.n_kept else self.first_ns
+            self.n_kept += 1
+            self.tail_ns, self.tail = time_ns, frame
+            yield time_ns - self.meta.session_start_ns, frame
+
+    def clock_of_segment(self, ticks: int) -> MediaClock:
+        """Return the clock that puts the segment's first frame at its `start_ns`.
+
+        That is the first packet's frame even where it could not be decoded, or the first good frame where that is
+        shown earlier (leading frames of an open GOP).
+        """
+        first = self.reader.first_packet_ticks
+        origin = ticks if first is None else min(ticks, first)
+        return MediaClock(self.reader.time_base, origin, self.meta.start_ns, self.meta.session_start_ns)
+
+
+def sample_frames(
+    reader: VideoReader | ImageReader,
+    meta: SegmentMeta,
+    clock: MediaClock | None,
+    *,
+    grid: GridSpec,
+    frame_hw: tuple[int, int],
+    limits: DecodeLimits,
+) -> DecodedSegment:
+    """Run a reader's frames over the grid and convert those that are needed.
+
+    Raises:
+        MediaError: If there is no frame.
+    """
+    timer = FrameTimer(reader, meta, clock, limits)
+    to_rgb = RgbConverter(frame_hw)
+    max_sampled = max(1, limits.max_sampled_bytes // (frame_hw[0] * frame_hw[1] * 3))
+    indices: list[int] = []
+    images: list[np.ndarray] = []
+    for index, frame in walk_grid(timer, grid):
+        if len(images) >= max_sampled:
+            timer.too_long = True
+            break
+        indices.append(index)
+        images.append(to_rgb(frame))
+    if timer.tail is None:
+        raise reader.failure()
+    images.append(to_rgb(timer.tail))
+    return DecodedSegment(
+        meta=meta,
+        grid_indices=np.array(indices, np.int64),
+        frames=np.stack(images),
+        first_ns=timer.first_ns,
+        tail_ns=timer.tail_ns,
+        n_frames=timer.n_kept,
+        dead_letters=notices(reader, timer, meta),
+    )
+
+
+def notices(reader: VideoReader | ImageReader, timer: FrameTimer, meta: SegmentMeta) -> tuple[DeadLetter, ...]:
+    """Say what of a segment that was used could not be."""
+    letters = []
+    losses = reader.losses() if not timer.too_long else []  # what was not read is not lost
+    if timer.n_fallen:
+        losses.append(f"{timer.n_fallen} have a timestamp that falls back or leaps ahead")
+    if losses:
+        detail = f"kept {timer.n_kept} frames; of the others {', '.join(losses)}"
+        letters.append(DeadLetter.of(meta, "damaged", detail))
+    if timer.too_long:
+        detail = f"kept the first {timer.n_kept} frames; the rest is over the limits on a segment ({timer.limits})"
+        letters.append(DeadLetter.of(meta, "too_long", detail))
+    return tuple(letters)
+
+
+class RgbConverter:
+    """Turns decoded frames of any pixel format into upright RGB of the model's size.
+
+    The same frame asked for again, as for several grid times, is converted once.
+    """
+
+    def __init__(self, frame_hw: tuple[int, int]):
+        self.frame_hw = frame_hw
+        self.reformatter = VideoReformatter()
+        self.last: tuple[VideoFrame, np.ndarray] | None = None
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        """Return (H, W, 3) uint8."""
+        if self.last is None or self.last[0] is not frame:
+            self.last = frame, self.convert(frame)
+        return self.last[1]
+
+    def convert(self, frame: VideoFrame) -> np.ndarray:
+        """Scale, convert, and set upright by the frame's display matrix."""
+        transposed, flip_y, flip_x = orientation(frame)
+        height, width = self.frame_hw[::-1] if transposed else self.frame_hw
+        rgb = self.reformatter.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
+        if transposed:
+            rgb = rgb.transpose(1, 0, 2)
+        return rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]  # (H, W, 3)
+
+
+def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """Return how to set a frame upright: whether to transpose it, then to flip its rows, then its columns.
+
+    The display matrix holds (a b u; c d v; x y w) and puts a frame's (p, q) at (a p + c q, b p + d q); see
+    libavutil/display.h. Angles between are taken to the nearest quarter turn.
+    """
+    side_data: Any = frame.side_data  # PyAV's stubs know motion vectors only
+    matrix = next((s for s in side_data if s.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(matrix), np.int32)[:5])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
+def failed_segment(
+    meta: SegmentMeta, frame_hw: tuple[int, int], dead_letters: tuple[DeadLetter, ...] = ()
+) -> DecodedSegment:
+    """Return what stands for a segment without a usable frame."""
+    frames = np.zeros((0, *frame_hw, 3), np.uint8)
+    return DecodedSegment(meta, np.zeros(0, np.int64), frames, meta.start_ns, meta.start_ns, 0, dead_letters)
+
+
+class Decode:
+    """The decode step of a lane: for `map_batches(Decode, batch_size=None, batch_format="pyarrow")`.
+
+    Ray Data makes one in each process of the actor pool and calls it once a block, in any order and on any of
+    them; the pool puts the blocks back into order. It keeps no state. Every row comes out with its `lane_seq`:
+    a segment as a `DecodedSegment`, failed if need be, with the dead letters that it came with first; a barrier
+    untouched.
+
+    Args:
+        fps: The grid, as a Fraction, a number, or text such as "30000/1001".
+        frame_hw: Size of the frames that come out: the model's.
+        max_hold_s: See `GridSpec.max_hold_ns`.
+        dead_letter_bytes: How many bytes of an unusable record to keep.
+        limits: What a segment may cost.
+    """
+
+    def __init__(
+        self,
+        *,
+        fps: Fraction | float | str,
+        frame_hw: tuple[int, int],
+        max_hold_s: float = DEFAULT_MAX_HOLD_NS / NS_PER_S,
+        dead_letter_bytes: int = 1 << 20,
+        limits: DecodeLimits | None = None,
+    ):
+        self.grid = GridSpec(Fraction(str(fps)), round(max_hold_s * NS_PER_S / NS_PER_MS) * NS_PER_MS)
+        self.frame_hw = frame_hw
+        self.dead_letter_bytes = dead_letter_bytes
+        self.limits = limits or DecodeLimits()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Decode the segments of a block.
+
+        Raises:
+            ValueError: If a row is neither a segment nor a barrier.
+        """
+        tables = [
+            table.slice(i, 1) if row.kind == Barrier.KIND else self.decode_row(row).to_table()
+            for i, row in enumerate(rows_of(table))
+        ]
+        return pa.concat_tables(tables) if tables else ROW_SCHEMA.empty_table()
+
+    def decode_row(self, row: Row) -> Row:
+        """Decode one segment."""
+        if row.kind != Segment.KIND:
+            raise ValueError(f"decode got a row of kind {row.kind!r} at lane_seq={row.lane_seq}, expected a segment")
+        segment = Segment.from_row(row)
+        decoded = self.decode(segment)
+        return with_dead_letters(decoded, segment.dead_letters).to_row(row.lane_seq)
+
+    def decode(self, segment: Segment) -> DecodedSegment:
+        """Decode a segment, or say why not: one bad record must not stop a lane, which would meet it again."""
+        meta = segment.meta
+        try:
+            return decode_segment(segment.data, meta, grid=self.grid, frame_hw=self.frame_hw, limits=self.limits)
+        except MediaError as error:
+            reason, detail = error.reason, str(error)
+        except MemoryError:
+            raise  # this process's trouble, not the record's
+        except Exception as error:  # the edge of the worker
+            log.exception("decode failed where=%s", meta.where)
+            reason, detail = "error", f"{type(error).__name__}: {error}"
+        data = bytes(segment.data[: self.dead_letter_bytes])
+        return failed_segment(meta, self.frame_hw, (DeadLetter.of(meta, reason, detail, data),))
+
+
+def with_dead_letters(decoded: DecodedSegment, earlier: tuple[DeadLetter, ...]) -> DecodedSegment:
+    """Return the segment with the dead letters that it came with before its own."""
+    fields = {**vars(decoded), "dead_letters": (*earlier, *decoded.dead_letters)}
+    return DecodedSegment(**fields)

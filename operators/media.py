@@ -1,0 +1,302 @@
+"""Opening media that nobody vouches for: bytes from Kafka, files from somebody's folder.
+
+What FFmpeg would do with hostile bytes, tried: a record that is a `concat` list makes it open the local files that
+the list names, even when PyAV is given an `io_open` that refuses. So only containers that hold their media
+themselves are let in, by `format_whitelist`. A picture's size is limited before its memory is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import av
+import av.error
+import av.logging
+from av.stream import Disposition
+
+from .errors import MediaError
+
+if TYPE_CHECKING:
+    from av.codec.context import CodecContext
+    from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    from .rows import Buffer
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_PX = 8192 * 8192
+"""Coded pixels of one frame: 8K (7680 × 4320) twice over. A frame of that size takes 100 MB in 4:2:0 while a
+hostile record of a few hundred bytes can claim gigabytes."""
+
+CONTAINERS = (
+    # video
+    *("matroska", "webm", "mov", "mp4", "m4a", "3gp", "3g2", "mj2", "mpegts", "mpeg", "flv", "live_flv", "avi", "asf"),
+    *("ogg", "ivf", "nut", "mxf", "gxf", "dv", "wtv", "gif", "apng", "yuv4mpegpipe"),
+    # elementary streams, without timestamps
+    *("h264", "hevc", "vvc", "obu", "av1", "m4v", "mpegvideo", "mjpeg"),
+    # images other than those of `sniff_image`
+    *("jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "jpegxl_pipe", "jpegxl_anim"),
+    # audio: so that its refusal can say that it is audio
+    *("mp3", "wav", "aac", "flac", "ac3", "eac3"),
+)
+"""FFmpeg's names of the containers that may be opened. None of them names further files."""
+
+IMAGE_CODECS = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG\r\n\x1a\n": "png"}  # first bytes: FFmpeg's decoder
+
+
+ONE_FRAME_PER_PACKET = frozenset(
+    {"h264", "hevc", "vvc", "av1", "libdav1d", "vp9", "mpeg2video", "mjpeg", "ffv1", "png"}
+)
+"""Decoders that show a frame for every packet (progressive video; VP8 and packed MPEG-4 do not), so that what they
+drop without a word can be counted: leading frames of open GOPs, frames until the first keyframe."""
+
+FALLBACK_FPS = Fraction(25)  # FFmpeg's own assumption for elementary streams, which carry no timestamps
+
+
+def sniff_image(data: Buffer) -> str | None:
+    """Return FFmpeg's decoder for a single JPEG or PNG image, by its first bytes, or None.
+
+    A PNG that is animated (its `acTL` chunk comes before the first `IDAT`) is a video to be opened, not an image.
+    """
+    head = bytes(memoryview(data)[:4096])
+    if b"acTL" in head.partition(b"IDAT")[0]:
+        return None
+    return next((codec for magic, codec in IMAGE_CODECS.items() if head.startswith(magic)), None)
+
+
+def open_media(source: Buffer | str | Path, *, max_frame_px: int = MAX_FRAME_PX) -> InputContainer:
+    """Open a container for reading; close it, or use it in a `with`.
+
+    Args:
+        source: Its bytes, or the path of a local file.
+        max_frame_px: Refuse larger frames.
+
+    Raises:
+        MediaError: `not_media`: no container of `CONTAINERS`, or one that is broken from its start.
+        OSError: If a file cannot be read.
+    """
+    options = {"format_whitelist": ",".join(CONTAINERS), "max_pixels": str(max_frame_px)}
+    options["protocol_whitelist"] = "file" if isinstance(source, (str, Path)) else "none"
+    with ffmpeg_errors() as errors:
+        if isinstance(source, (str, Path)):
+            Path(source).open("rb").close()  # the OSError that says it best
+            file, name = f"file:{source}", str(source)
+        else:
+            file, name = io.BytesIO(source), f"{memoryview(source).nbytes} bytes"
+        try:
+            return av.open(file, "r", options=options, metadata_errors="replace")
+        except (av.error.FFmpegError, ValueError) as error:
+            said = first_line(errors) or str(error)
+            raise MediaError("not_media", f"{name} are no media that can be read: FFmpeg says {said!r}") from error
+
+
+def open_video_stream(container: InputContainer, *, max_frame_px: int = MAX_FRAME_PX) -> VideoStream:
+    """Return a container's video stream, ready to decode on the calling thread alone.
+
+    Of several, it is the largest that is not a still picture attached as cover art. One thread, because a decode
+    worker has one core, and because then FFmpeg's messages and errors come back with the packet that they are of.
+
+    Raises:
+        MediaError: `no_video`, `no_decoder` or `too_large`.
+    """
+    videos = [s for s in container.streams.video if not is_cover(s)]
+    if not videos:
+        kinds = ", ".join(sorted({s.type or "unknown" for s in container.streams})) or "none"
+        raise MediaError("no_video", f"{container.format.name} without a video stream; its streams: {kinds}")
+    stream = max(videos, key=lambda s: (s.width or 0) * (s.height or 0))
+    if stream.codec_context is None:
+        raise MediaError("no_decoder", f"{container.format.name} with a video codec that this FFmpeg cannot decode")
+    n_px = (stream.width or 0) * (stream.height or 0)
+    if n_px > max_frame_px:
+        raise MediaError(
+            "too_large", f"{stream.codec_context.name} frames of {stream.width}x{stream.height}, {n_px} pixels; "
+            f"at most {max_frame_px} are decoded"
+        )  # fmt: skip
+    limit_decoder(stream.codec_context, max_frame_px)
+    return stream
+
+
+def is_cover(stream: VideoStream) -> bool:
+    """Whether a video stream is a still picture attached to its container."""
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def limit_decoder(context: CodecContext, max_frame_px: int) -> None:
+    """Set one thread and the size limit, before the decoder is opened."""
+    context.thread_count = 1
+    context.thread_type = "NONE"
+    context.options = {"max_pixels": str(max_frame_px)}
+
+
+@contextmanager
+def ffmpeg_errors() -> Iterator[list[tuple[int, str, str]]]:
+    """Collect FFmpeg's error messages of this thread as (level, component, text), and print none.
+
+    The first use in a process turns PyAV's forwarding of errors on, for good (switching it off again would race with
+    other threads), and keeps what other threads' FFmpeg says out of Python's logs. A process that has set
+    `av.logging`'s level itself keeps it.
+    """
+    if av.logging.get_level() is None:
+        logging.getLogger("libav").setLevel(logging.CRITICAL + 1)
+        av.logging.set_skip_repeated(False)  # else the same message about the next segment is swallowed
+        av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture() as errors:
+        yield errors
+
+
+def first_line(errors: list[tuple[int, str, str]]) -> str:
+    """Return the first message that `ffmpeg_errors` collected, or ""."""
+    return f"{errors[0][1]}: {errors[0][2].strip()}" if errors else ""
+
+
+class VideoReader:
+    """The good frames of a video stream in presentation order, with counts of the others. Iterate once.
+
+    Frames come as (timestamp in `time_base`, frame). A missing timestamp is taken from the decoding order, or the
+    frame rate.
+    """
+
+    def __init__(
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        errors: Sequence[tuple[int, str, str]],
+        pts_range: tuple[int | None, int | None] = (None, None),
+    ):
+        self.container = container
+        self.stream = stream
+        self.errors = errors  # filled by `ffmpeg_errors` while reading
+        self.pts_range = pts_range
+        self.time_base = stream.time_base or Fraction(1, 1_000_000)
+        self.first_packet_ticks: int | None = None
+        self.n_packets = 0
+        self.n_frames = 0  # decoded, corrupt or not
+        self.n_errors = 0  # packets that the decoder refused
+        self.n_corrupt = 0
+        self.interlaced = False
+
+    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
+        rate = self.stream.average_rate or self.stream.guessed_rate or FALLBACK_FPS
+        step_ticks = max(1, round(1 / (rate * self.time_base)))
+        next_ticks = self.first_packet_ticks or 0
+        for frame in self.decoded():
+            self.n_frames += 1
+            self.interlaced |= frame.interlaced_frame
+            ticks = next((t for t in (frame.pts, frame.dts) if t is not None), next_ticks)
+            next_ticks = ticks + step_ticks
+            if frame.is_corrupt:
+                self.n_corrupt += 1
+            else:
+                yield ticks, frame
+
+    def decoded(self) -> Iterator[VideoFrame]:
+        """Yield whatever the decoder gives, going on past packets that it refuses."""
+        for packet in self.packets():
+            self.count(packet)
+            yield from self.attempt(packet)
+        yield from self.attempt(None)  # flush: what it held back to reorder
+
+    def attempt(self, packet: av.Packet | None) -> list[VideoFrame]:
+        """Decode a packet; one that the decoder refuses gives nothing and is counted."""
+        try:
+            return self.stream.codec_context.decode(packet)
+        except av.error.FFmpegError:
+            self.n_errors += 1
+            return []
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Yield the packets of the range. A container that breaks off has simply ended, with an error to count."""
+        start_pts, stop_pts = self.pts_range
+        if start_pts is not None:
+            self.container.seek(start_pts, stream=self.stream)
+        started = start_pts is None
+        try:
+            for packet in self.container.demux(self.stream):
+                pts = packet.pts if packet.is_keyframe else None
+                if stop_pts is not None and pts is not None and pts >= stop_pts:
+                    return
+                started = started or (pts is not None and start_pts is not None and pts >= start_pts)
+                if started and packet.size:
+                    yield packet
+        except av.error.FFmpegError as error:
+            log.debug("container broke off error=%s", error)
+            self.n_errors += 1
+
+    def count(self, packet: av.Packet) -> None:
+        """Count a packet that should become a frame, and keep the first one's timestamp."""
+        if packet.is_discard:  # before the start of an edit list: decoded for reference only
+            return
+        if not self.n_packets:
+            self.first_packet_ticks = packet.pts
+        self.n_packets += 1
+
+    def losses(self) -> list[str]:
+        """Return what was lost so far, in words; empty for a sound segment."""
+        n_missing = self.n_errors
+        if self.stream.codec_context.name in ONE_FRAME_PER_PACKET and not self.interlaced:
+            n_missing = max(n_missing, self.n_packets - self.n_frames)
+        said = [text.strip() for _, component, text in self.errors if component == self.container.format.name]
+        return [
+            *([f"{n_missing} could not be decoded"] if n_missing else []),
+            *([f"{self.n_corrupt} came out corrupt"] if self.n_corrupt else []),
+            *([f"the container is damaged ({said[0]})"] if said else []),
+        ]
+
+    def failure(self) -> MediaError:
+        """Return the error of a stream that gave no frame."""
+        what = f"{self.container.format.name}/{self.stream.codec_context.name}"
+        said = f"; FFmpeg says {first_line(list(self.errors))!r}" if self.errors else ""
+        if any("Picture size" in text for _, _, text in self.errors):
+            return MediaError("too_large", f"{what} frames over the limit on pixels{said}")
+        why = ", ".join(self.losses()) or "it holds no packets"
+        return MediaError("no_frames", f"{what} gave no frame of {self.n_packets} packets: {why}{said}")
+
+
+class ImageReader:
+    """An image, read as a video of one frame."""
+
+    def __init__(self, frame: VideoFrame):
+        self.frame = frame
+        self.time_base = Fraction(1, 1000)
+        self.first_packet_ticks = 0
+
+    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
+        yield 0, self.frame
+
+    def losses(self) -> list[str]:
+        """Return what was lost: nothing, an image is whole or it is refused."""
+        return []
+
+    def failure(self) -> MediaError:
+        """Return the error of an image whose frame lies outside the limits."""
+        return MediaError("no_frames", "an image without a frame")
+
+
+def decode_image(data: Buffer, codec: str, *, max_frame_px: int = MAX_FRAME_PX) -> VideoFrame:
+    """Decode one JPEG or PNG image.
+
+    Raises:
+        MediaError: `no_frames` or `too_large`.
+    """
+    with ffmpeg_errors() as errors:
+        decoder = cast("VideoCodecContext", av.VideoCodecContext.create(codec, "r"))
+        limit_decoder(decoder, max_frame_px)
+        frames: list[VideoFrame] = []
+        try:
+            frames = [*decoder.decode(av.Packet(bytes(data))), *decoder.decode(None)]
+        except av.error.FFmpegError as error:
+            log.debug("image refused codec=%s error=%s", codec, error)
+        if frames and not frames[0].is_corrupt:
+            return frames[0]
+        if any("Picture size" in text for _, _, text in errors):
+            raise MediaError("too_large", f"{codec} image over {max_frame_px} pixels: {first_line(errors)!r}")
+        raise MediaError("no_frames", f"a damaged {codec} image: FFmpeg says {first_line(errors) or 'corrupt'!r}")
