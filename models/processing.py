@@ -1,0 +1,220 @@
+"""What goes into the model: frames as normalised pixels, and prompts with a time and a placeholder per video token.
+
+A prompt for two chunks of three tokens each, as the small tokenizer's chat template writes it (V is ``<|video|>``):
+
+    <|bos|><|user|>[00:12]VVV[00:14]VVV
+    What happens?<|end|><|assistant|>
+
+The model then puts one video token in the place of each V.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .compress import VideoChunk
+
+CONFIG_FILE = "processor_config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt ready for the model."""
+
+    input_ids: Tensor  # (n,) int64, with one placeholder for each video token
+    video_tokens: Tensor = field(repr=False)  # (n_video_tokens, d_model) float16, in the placeholders' order
+
+    @property
+    def n_tokens(self) -> int:
+        """Return its length, video tokens included."""
+        return self.input_ids.shape[0]
+
+
+def normalise_frames(
+    frames: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Turn frames into what a vision tower takes: scaled to 0…1, then (x - mean) / std for each channel.
+
+    Args:
+        frames: (..., H, W, 3) uint8 RGB.
+        mean: Of R, G and B.
+        std: Of R, G and B.
+        dtype: Of the result; computed in float32.
+
+    Returns:
+        (..., 3, H, W), contiguous, on the frames' device.
+
+    Raises:
+        ValueError: If the frames are not uint8 or have not three channels.
+    """
+    if frames.dtype != torch.uint8 or frames.dim() < 3 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"frames are {frames.dtype} of shape {tuple(frames.shape)}; expected torch.uint8 of shape (..., H, W, 3)"
+        )
+    scale = torch.tensor([1 / (255 * s) for s in std], device=frames.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=frames.device)
+    pixels = frames.to(torch.float32) * scale + shift
+    return pixels.movedim(-1, -3).to(dtype).contiguous()
+
+
+def format_time(seconds: float) -> str:
+    """Return the time as a prompt shows it: ``[mm:ss]``, from one hour on ``[h:mm:ss]``, rounded down.
+
+    >>> format_time(12.9), format_time(3723)
+    ('[00:12]', '[1:02:03]')
+    """
+    sign, whole = ("-", int(-seconds)) if seconds < 0 else ("", int(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"[{sign}{hours}:{minutes:02d}:{rest:02d}]" if hours else f"[{sign}{minutes:02d}:{rest:02d}]"
+
+
+class StormProcessor:
+    """Prepares frames and prompts for one model, and reads its answers."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image_size: int,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        video_token: str = "<|video|>",
+    ):
+        """Check that the tokenizer can write prompts.
+
+        Args:
+            tokenizer: With a chat template, and with `video_token` as one of its tokens.
+            image_size: Side of a frame in pixels.
+            image_mean: Of R, G and B, in 0…1.
+            image_std: Of R, G and B.
+            video_token: The placeholder.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template or does not know the placeholder.
+        """
+        ids = list(tokenizer.encode(video_token, add_special_tokens=False))
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer splits the video placeholder {video_token!r} into {len(ids)} tokens; expected one. "
+                "Name a token that it has, or add this one as a special token"
+            )
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template; expected one. Use the instruction-tuned model's, or set it"
+            )
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.video_token, self.video_token_id = video_token, ids[0]
+        self._eos_token_id = next(iter(tokenizer.encode(str(tokenizer.eos_token), add_special_tokens=False)))
+        self._special_texts = {video_token} | {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+
+    @property
+    def eos_token_id(self) -> int:
+        """Return the token that ends an answer."""
+        return self._eos_token_id
+
+    def prepare_frames(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Return pixel_values (..., 3, H, W) float32 of frames (..., H, W, 3) uint8 RGB at the model's size.
+
+        Raises:
+            ValueError: If the frames have another size or type.
+        """
+        frames = torch.as_tensor(frames)
+        if frames.shape[-3:-1] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"frames have shape {tuple(frames.shape)}; expected (..., {self.image_size}, {self.image_size}, 3). "
+                "Decode or resize them to the model's size"
+            )
+        return normalise_frames(frames, self.image_mean, self.image_std)
+
+    def build_prompt(
+        self, text: str, chunks: Sequence[VideoChunk] = (), *, history: Sequence[tuple[str, str]] = ()
+    ) -> Prompt:
+        """Write a prompt: for each chunk its time and its tokens' placeholders, then the text.
+
+        Special tokens that somebody types into a text are split, so that they mean nothing.
+
+        Args:
+            text: The question or instruction.
+            chunks: In time order; those without tokens are left out.
+            history: Turns before this one, (role, text) with role system, user or assistant.
+
+        Raises:
+            ValueError: On an unknown role, or where the chat template drops the placeholders.
+        """
+        chunks = [chunk for chunk in chunks if chunk.n_tokens]
+        video = "".join(format_time(chunk.start_s) + self.video_token for chunk in chunks)
+        content = f"{video}\n{self._plain(text)}" if video else self._plain(text)
+        messages = [*(_message(role, self._plain(turn)) for role, turn in history), _message("user", content)]
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = np.asarray(self.tokenizer.encode(str(rendered), add_special_tokens=False), dtype=np.int64)
+        is_video = ids == self.video_token_id
+        if is_video.sum() != len(chunks):
+            raise ValueError(
+                f"the chat template's text has {is_video.sum()} video placeholders; expected {len(chunks)}, one per "
+                "chunk. The template changes or drops the user's text"
+            )
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[is_video] = [chunk.n_tokens for chunk in chunks]
+        return Prompt(torch.from_numpy(np.repeat(ids, repeats)), _concatenate(chunks))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files and `processor_config.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(folder))
+        values = {
+            "processor_class": type(self).__name__,
+            "image_size": self.image_size,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "video_token": self.video_token,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> StormProcessor:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: If the folder has no `processor_config.json`.
+        """
+        path = Path(folder) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; expected a folder that save_pretrained wrote")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.pop("processor_class", None)
+        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), **values)
+
+    def _plain(self, text: str) -> str:
+        for special in self._special_texts:
+            text = text.replace(special, f"{special[0]} {special[1:]}")
+        return text
+
+
+def _message(role: str, text: str) -> dict[str, str]:
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"role is {role!r}; expected system, user or assistant")
+    return {"role": role, "content": text}
+
+
+def _concatenate(chunks: Sequence[VideoChunk]) -> Tensor:
+    if not chunks:
+        return torch.zeros(0, 0, dtype=torch.float16)
+    # A copy: chunks may be read-only views into somebody's buffers, which torch cannot mark.
+    return torch.from_numpy(np.concatenate([chunk.tokens for chunk in chunks]).astype(np.float16))
