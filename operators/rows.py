@@ -383,7 +383,7 @@ class Barrier:
 
 
 def _view(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _pack_dead(letters: Sequence[DeadLetter]) -> tuple[list[dict[str, Any]], list[Buffer]]:

@@ -21,7 +21,8 @@ from .sessions import Record, SessionTracker
 from .settings import KafkaSettings, resolve_secrets
 
 if TYPE_CHECKING:
-    from kafka import KafkaConsumer, TopicPartition
+    from kafka import KafkaConsumer
+    from kafka.structs import TopicPartition
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def _items(
     consumer: KafkaConsumer, assignment: Sequence[TopicPartition], tracker: SessionTracker, interval_s: float
 ) -> Iterator[Any]:
     """Yield segments as they come and a barrier whenever its time is due, between two records."""
-    next_offsets = {tp: consumer.position(tp) for tp in assignment}
+    next_offsets = {tp: consumer.position(tp) or 0 for tp in assignment}
     yield _barrier(consumer, next_offsets, tracker)
     due_s = time.monotonic() + interval_s
     while True:
@@ -142,7 +143,7 @@ def _barrier(consumer: KafkaConsumer, next_offsets: Mapping[TopicPartition, int]
 
 
 def _assign(consumer: KafkaConsumer, plan: SourcePlan) -> list[TopicPartition]:
-    from kafka import TopicPartition
+    from kafka.structs import TopicPartition
 
     assignment = [TopicPartition(*partition) for partition in plan.partitions]
     consumer.assign(assignment)
@@ -161,8 +162,8 @@ def client_options(kafka: KafkaSettings) -> dict[str, Any]:
     return {"bootstrap_servers": kafka.bootstrap_servers.split(","), **resolve_secrets(kafka.client)}
 
 
-def open_consumer(kafka: KafkaSettings) -> KafkaConsumer:
-    """Connect a consumer without a group.
+def open_consumer(kafka: KafkaSettings, group_id: str | None = None) -> KafkaConsumer:
+    """Connect a consumer, without a group unless one is named.
 
     Raises:
         SourceError: If no broker answers; says which address was tried.
@@ -171,6 +172,7 @@ def open_consumer(kafka: KafkaSettings) -> KafkaConsumer:
     from kafka.errors import KafkaError
 
     options: dict[str, Any] = {
+        "group_id": group_id,
         "enable_auto_commit": False,
         "isolation_level": "read_committed",  # aborted records of a transactional publisher never existed
         "auto_offset_reset": "none",  # an offset that is gone is an error to be seen, not a silent jump
@@ -204,5 +206,30 @@ def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
                 "Create it, publish to it once, or set kafka.topics."
             )
         return sorted((t, p) for t in kafka.topics for p in consumer.partitions_for_topic(t) or ())
+    finally:
+        consumer.close()
+
+
+def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, int], int]) -> None:
+    """Refuse positions that the broker does not hold: it would be waited for them in silence.
+
+    Raises:
+        SourceError: If a position lies past a partition's end (the topic was made anew) or before its beginning.
+    """
+    from kafka.structs import TopicPartition
+
+    consumer = open_consumer(kafka)
+    try:
+        partitions = [TopicPartition(*key) for key in next_offsets]
+        begins, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
+        for tp in partitions:
+            next_offset = next_offsets[tp.topic, tp.partition]
+            if not begins[tp] <= next_offset <= ends[tp]:
+                raise SourceError(
+                    f"{tp.topic}[{tp.partition}]: the checkpoint goes on at offset {next_offset}, but "
+                    f"{kafka.bootstrap_servers} holds {begins[tp]} to {ends[tp]}. Was the topic or the broker made "
+                    "anew, or has retention deleted what was not read? Give back the old topic, or set output.path "
+                    "to a new folder."
+                )
     finally:
         consumer.close()

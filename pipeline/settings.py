@@ -143,15 +143,15 @@ class RaySettings(_Section):
 class Settings(_Section):
     """Everything that can be set; see `stormline run --help` for where from."""
 
-    kafka: KafkaSettings = KafkaSettings()
-    output: OutputSettings = OutputSettings()
-    sampling: SamplingSettings = SamplingSettings()
-    model: ModelSettings = ModelSettings()
-    lanes: LaneSettings = LaneSettings()
-    llm: LlmSettings = LlmSettings()
-    store: StoreSettings = StoreSettings()
-    queries: list[CaptionQuery] = [CaptionQuery(id="caption")]
-    ray: RaySettings = RaySettings()
+    kafka: KafkaSettings = Field(default_factory=lambda: KafkaSettings.model_validate({}))
+    output: OutputSettings = Field(default_factory=lambda: OutputSettings.model_validate({}))
+    sampling: SamplingSettings = Field(default_factory=lambda: SamplingSettings.model_validate({}))
+    model: ModelSettings = Field(default_factory=lambda: ModelSettings.model_validate({}))
+    lanes: LaneSettings = Field(default_factory=lambda: LaneSettings.model_validate({}))
+    llm: LlmSettings = Field(default_factory=lambda: LlmSettings.model_validate({}))
+    store: StoreSettings = Field(default_factory=lambda: StoreSettings.model_validate({}))
+    queries: list[CaptionQuery] = Field(default_factory=lambda: [CaptionQuery.model_validate({"id": "caption"})])
+    ray: RaySettings = Field(default_factory=lambda: RaySettings.model_validate({}))
 
     @model_validator(mode="after")
     def _queries_have_own_ids(self) -> Settings:

@@ -1,0 +1,52 @@
+"""The command `stormline`. Each subcommand is a function in a file of `commands/`, imported without its libraries."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from ..operators.errors import SettingsError, StormlineError
+from .commands.broker import broker
+from .commands.demo import demo
+from .commands.publish import publish
+from .commands.results import results
+from .commands.run import run
+
+app = typer.Typer(
+    name="stormline",
+    help="Watch video streams with a language model: Kafka in, captions and tokens in Parquet out, exactly once.",
+    epilog="New here? Try [bold]stormline demo[/]. Then: broker, publish, run, results, in this order.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, broker, publish, run, results):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stormline {version('stormline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def stormline(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Watch video streams with a language model: Kafka in, captions and tokens in Parquet out, exactly once."""
+
+
+def main() -> None:
+    """Run the command; an error of ours is one message on standard error, exit status 2 for settings and else 1."""
+    try:
+        app()
+    except StormlineError as e:
+        typer.secho(f"stormline: {e}", fg="red", err=True)
+        sys.exit(2 if isinstance(e, SettingsError) else 1)

@@ -1,0 +1,336 @@
+"""A lane: one ordered Ray Data execution that never ends, from its Kafka partitions to its committed epochs.
+
+    source ─▶ decode (actor pool, ordered) ─▶ encode (one actor) ─▶ annotate (one actor, async) ─▶ commit (here)
+
+Ray Data is built for work that ends. What makes it run for ever, row by row, is set in `lane_context` and
+`build_dataset`, each line with its reason; the tests hold the behaviour for the pinned minor version of Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from ..models.loading import LoadedModel, load_model
+from ..operators import annotate as annotate_step
+from ..operators import encode as encode_step
+from ..operators.annotate import Annotate
+from ..operators.decode import Decode
+from ..operators.encode import Encode
+from ..operators.errors import OrderError
+from ..operators.rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, Result, Row, rows_of
+from ..operators.sampling import GridSpec
+from . import kafka_source
+from .checkpoint import LaneStart
+from .kafka_source import KafkaSource, SourcePlan
+from .parquet_sink import EpochWriter
+from .serving import LlmClient, StoreClient
+from .settings import ModelSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+LATENCY_SAMPLES = 4096  # of the newest committed records, for percentiles
+# Logical CPUs of the parts of a lane, for Ray's scheduling: small, because a lane's parts wait for each other, and
+# because Ray would otherwise leave a part unscheduled on a small machine. They sum up to 1 with two decoders.
+SOURCE_CPUS, DECODE_CPUS, ENCODE_CPUS, ANNOTATE_CPUS, LANE_CPUS = 0.1, 0.2, 0.25, 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class LanePlan:
+    """Everything that one lane needs to start, or to start again."""
+
+    lane: int
+    settings: Settings
+    model_name: str
+    frame_hw: tuple[int, int]
+    identity: Mapping[str, Any]  # what a checkpoint must agree with
+    partitions: tuple[tuple[str, int], ...]
+    start: LaneStart  # from recovery: positions and states that belong together
+
+
+@dataclass(frozen=True)
+class LaneStatus:
+    """What a lane has done since it started, and how far behind it is."""
+
+    lane: int
+    epoch: int  # newest committed; 0 for none
+    segments: int
+    frames: int  # decoded
+    sampled: int
+    chunks: int
+    results: int
+    dead_letters: int
+    duplicates: int
+    lag_records: int  # behind the ends of its partitions at the newest barrier; -1 where unknown
+    commit_p50_ms: float  # from a record's Kafka timestamp to its committed row
+    commit_p95_ms: float
+    last_barrier_s: float  # age of the newest barrier
+    idle_s: float  # since the newest row that was not a barrier
+    newest: tuple[Result, ...] = ()  # results of the newest epochs, for a live view
+
+
+def lane_context(context: DataContext) -> None:
+    """Set up Ray Data for an execution that never ends and hands every row on at once."""
+    context.target_max_block_size = 1  # a row leaves at once; at the default nothing leaves until 128 MB
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = -1  # a feed may be silent for a night
+    context.actor_task_retry_on_errors = False  # a retried call would meet a state that has moved on
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+
+
+def build_dataset(source: KafkaSource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:
+    """Chain the steps behind the source.
+
+    Args:
+        source: The lane's source.
+        steps: By name, in order: each takes the dataset so far and adds its own `map_batches`.
+    """
+    dataset = ray.data.read_datasource(
+        source,
+        override_num_blocks=1,  # else a SplitBlocks step is added, which waits for the end
+        num_cpus=SOURCE_CPUS,
+        ray_remote_args={"max_retries": 0},  # a source that starts over would repeat rows
+    )
+    for add in steps.values():
+        dataset = add(dataset)
+    return dataset
+
+
+def actor_step(
+    step: type, kwargs: Mapping[str, Any], *, size: int = 1, calls: int = 1, num_cpus: float, num_gpus: float = 0
+) -> Callable[[Dataset], Dataset]:
+    """Return a `build_dataset` step that runs a callable class in actors that are never restarted."""
+
+    def add(dataset: Dataset) -> Dataset:
+        return dataset.map_batches(
+            step,
+            batch_size=None,  # a block is a row: nothing is gathered or split
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=size,
+                max_concurrent_calls_per_actor=calls,
+                max_tasks_in_flight_per_actor=max(2, calls),
+            ),
+            fn_constructor_kwargs=dict(kwargs),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,  # a restarted actor would go on with an empty state, silently
+            max_task_retries=0,
+        )
+
+    return add
+
+
+@dataclass(frozen=True)
+class LoadFromSettings:
+    """Load the model where the encoder runs; picklable."""
+
+    model: ModelSettings
+
+    def __call__(self) -> LoadedModel:
+        """Return the model."""
+        return load_model(self.model.path, device=self.model.device, dtype=self.model.dtype)
+
+
+def grid_of(settings: Settings) -> GridSpec:
+    """Return the sampling grid that the settings name."""
+    return GridSpec(settings.sampling.fps, round(settings.sampling.max_hold_s * 1e9))
+
+
+def lane_dataset(plan: LanePlan) -> Dataset:
+    """Return the whole lane up to the commit; reads the states that it starts from."""
+    settings = plan.settings
+    states = plan.start.load_snapshots()
+
+    def snapshots_of(step: str) -> dict[tuple[str, int], bytes]:
+        return {(key.topic, key.partition): blob for key, blob in states.items() if key.step == step}
+
+    lanes = settings.lanes
+    grid = grid_of(settings)
+    source = SourcePlan(
+        kafka=settings.kafka,
+        partitions=plan.partitions,
+        next_offsets={(p.topic, p.partition): p.next_offset for p in plan.start.positions},
+        snapshots=snapshots_of(kafka_source.STEP_NAME),
+        barrier_interval_s=lanes.barrier_interval_s,
+    )
+    decode = {
+        "fps": settings.sampling.fps,
+        "frame_hw": plan.frame_hw,
+        "max_hold_s": settings.sampling.max_hold_s,
+        "dead_letter_bytes": settings.output.dead_letter_bytes,
+    }
+    encode = {
+        "load": LoadFromSettings(settings.model),
+        "grid": grid,
+        "threads": lanes.encode_threads,
+        "on_chunks": StoreClient(),
+        "snapshots": snapshots_of(encode_step.STEP_NAME),
+    }
+    annotate = {
+        "queries": settings.queries,
+        "ask": LlmClient(settings.llm.timeout_s),
+        "model_name": plan.model_name,
+        "snapshots": snapshots_of(annotate_step.STEP_NAME),
+    }
+    return build_dataset(
+        KafkaSource(source),
+        {
+            "decode": actor_step(Decode, decode, size=lanes.decode_workers, num_cpus=DECODE_CPUS),
+            "encode": actor_step(Encode, encode, num_cpus=ENCODE_CPUS, num_gpus=settings.ray.encode_num_gpus),
+            "annotate": actor_step(Annotate, annotate, calls=lanes.max_rows_in_flight, num_cpus=ANNOTATE_CPUS),
+        },
+    )
+
+
+def iter_rows(dataset: Dataset) -> Iterator[Row]:
+    """Yield the lane's rows as they come, checking that none is missing.
+
+    Raises:
+        OrderError: If a row is missing or out of order.
+    """
+    next_seq = 0
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in rows_of(table):
+            if row.lane_seq != next_seq:
+                raise OrderError(f"commit got row {row.lane_seq}, expected {next_seq}: the lane restarts")
+            next_seq += 1
+            yield row
+
+
+class LaneCommitter:
+    """Gather a lane's rows between barriers and commit them together with state and offsets.
+
+    This is the whole of exactly-once: when a barrier arrives, everything before it has arrived, and it carries the
+    offsets and every step's state as they were at its place in the flow.
+    """
+
+    def __init__(self, plan: LanePlan, report_offsets: Callable[[Mapping[tuple[str, int], int]], None]):
+        self._keep_tokens = plan.settings.output.keep_tokens
+        self._writer = EpochWriter(plan.start, model=plan.model_name, identity=plan.identity)
+        self._report_offsets = report_offsets
+        self._chunks: list[Chunk] = []
+        self._results: list[Result] = []
+        self._dead_letters: list[DeadLetter] = []
+        self._append_ns: list[int] = []
+        self._latencies_ms: deque[float] = deque(maxlen=LATENCY_SAMPLES)
+        self._newest: deque[Result] = deque(maxlen=64)
+        self._last_row_s = time.monotonic()
+        self.last_barrier_s = time.monotonic()
+        self._status = LaneStatus(plan.lane, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0.0, 0.0, 0.0, 0.0)
+
+    def take(self, row: Row) -> Barrier | None:
+        """Take one row; commits and returns the barrier where it was one."""
+        if row.kind == Barrier.KIND:
+            barrier = Barrier.from_row(row)
+            self._commit(barrier)
+            return barrier
+        annotated = AnnotatedSegment.from_row(row)
+        encoded = annotated.encoded
+        # Chunks and dead letters are views into the row's block, which stays alive until the epoch is written.
+        self._chunks += encoded.chunks
+        self._results += annotated.results
+        self._dead_letters += encoded.dead_letters
+        self._append_ns.append(encoded.meta.append_ns)
+        self._last_row_s = time.monotonic()
+        s = self._status
+        self._status = replace(
+            s,
+            segments=s.segments + 1,
+            frames=s.frames + encoded.n_frames,
+            sampled=s.sampled + encoded.n_sampled,
+        )
+        return None
+
+    def _commit(self, barrier: Barrier) -> None:
+        report = self._writer.commit(
+            chunks=self._chunks if self._keep_tokens else (),
+            results=self._results,
+            dead_letters=self._dead_letters,
+            positions=barrier.positions,
+            snapshots=barrier.snapshots,
+        )
+        if not report.skipped:
+            self._report_offsets({(p.topic, p.partition): p.next_offset for p in barrier.positions})
+            self._committed(report.epoch)
+        lags = [p.lag for p in barrier.positions]
+        self.last_barrier_s = time.monotonic()
+        self._status = replace(
+            self._status,
+            lag_records=-1 if any(lag < 0 for lag in lags) else sum(lags),
+            duplicates=barrier.counters.get("duplicates", 0),
+        )
+
+    def _committed(self, epoch: int) -> None:
+        now_ns = time.time_ns()
+        self._latencies_ms += [(now_ns - append_ns) / 1e6 for append_ns in self._append_ns]
+        self._newest += self._results
+        s = self._status
+        self._status = replace(
+            s,
+            epoch=epoch,
+            chunks=s.chunks + len(self._chunks),
+            results=s.results + len(self._results),
+            dead_letters=s.dead_letters + len(self._dead_letters),
+        )
+        self._chunks, self._results, self._dead_letters, self._append_ns = [], [], [], []
+
+    def status(self) -> LaneStatus:
+        """Return the counts so far; safe to call from another thread."""
+        latencies = list(self._latencies_ms)
+        cuts = statistics.quantiles(latencies, n=20) if len(latencies) > 1 else [0.0] * 19
+        now_s = time.monotonic()
+        return replace(
+            self._status,
+            commit_p50_ms=cuts[9],
+            commit_p95_ms=cuts[18],
+            last_barrier_s=now_s - self.last_barrier_s,
+            idle_s=now_s - self._last_row_s,
+            newest=tuple(self._newest),
+        )
+
+
+def start_lane(plan: LanePlan) -> Any:
+    """Start a lane's actor; it is never restarted on its own, and answers while it runs."""
+    return ray.remote(Lane).options(num_cpus=LANE_CPUS, max_restarts=0, max_concurrency=4).remote(plan)
+
+
+class Lane:
+    """A lane as a Ray actor: `run` until told to stop; `stop` and `status` answer meanwhile."""
+
+    def __init__(self, plan: LanePlan):
+        self._plan = plan
+        self._stopping = False
+        self._committer: LaneCommitter | None = None
+
+    def run(self) -> LaneStatus:
+        """Run until `stop`; whatever goes wrong in any part of the lane raises here."""
+        from .offset_reporter import OffsetReporter
+
+        lane_context(DataContext.get_current())
+        with OffsetReporter(self._plan.settings.kafka) as report:
+            self._committer = LaneCommitter(self._plan, report)
+            for row in iter_rows(lane_dataset(self._plan)):
+                barrier = self._committer.take(row)
+                # At a barrier everything taken is committed; leaving the loop ends the read task and the actors.
+                if barrier is not None and self._stopping:
+                    break
+        return self._committer.status()
+
+    def stop(self) -> None:
+        """Ask `run` to return after the next commit."""
+        self._stopping = True
+
+    def status(self) -> LaneStatus | None:
+        """Return the counts, or None before the lane has started."""
+        return self._committer.status() if self._committer else None

@@ -1,0 +1,108 @@
+"""The Ray Serve side of a run: starting it, and what the lanes call it through."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+
+from ..models.generation import VideoAnswer, VideoPrompt
+from ..operators.errors import ServiceError
+from ..operators.rows import Chunk
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LLM_APP = "stormline-llm"
+STORE_APP = "stormline-store"
+ATTEMPTS = 4  # of one answer; a replica that died is back within the waits between them
+RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
+
+
+def start_services(settings: Settings) -> None:
+    """Deploy the LLM and the token store on the running Ray; returns when both answer."""
+    from .token_store import TokenStore
+    from .video_llm import VideoLLM
+
+    serve.start(proxy_location="Disabled")
+    llm = VideoLLM.options(  # type: ignore[attr-defined]
+        num_replicas=settings.llm.replicas,
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},
+    ).bind(settings.model, settings.llm)
+    store = TokenStore.options(ray_actor_options={"num_cpus": 0.1}).bind(  # type: ignore[attr-defined]
+        settings.store.max_bytes
+    )
+    serve.run_many(
+        [
+            serve.RunTarget(llm, name=LLM_APP, route_prefix=None),
+            serve.RunTarget(store, name=STORE_APP, route_prefix=None),
+        ]
+    )
+
+
+def stop_services() -> None:
+    """Take both down; safe when they never started."""
+    serve.shutdown()
+
+
+class LlmClient:
+    """Ask the LLM deployment; picklable, connects where it is first used.
+
+    Retries when a replica dies or an answer takes too long; then raises, so that the lane restarts rather than
+    leaving a caption out.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._handle: Any = None
+
+    async def __call__(self, prompt: VideoPrompt) -> VideoAnswer:
+        """Return the answer.
+
+        Raises:
+            ServiceError: After `ATTEMPTS` failures; carries the last one as its cause.
+        """
+        last: Exception | None = None
+        for attempt in range(ATTEMPTS):
+            try:
+                return await asyncio.wait_for(self._deployment().answer.remote(prompt), self._timeout_s)
+            except Exception as e:  # noqa: BLE001 (the edge to another process: whatever came out of it)
+                last = e
+                logger.warning("llm_attempt_failed attempt=%d error=%r", attempt + 1, e)
+                if attempt + 1 < ATTEMPTS:
+                    await asyncio.sleep(RETRY_WAIT_S * 2**attempt)
+        raise ServiceError(
+            f"The LLM deployment {LLM_APP!r} gave no answer in {ATTEMPTS} attempts of up to {self._timeout_s:.0f} s; "
+            f"last: {last!r}. See its logs; the lane restarts from its checkpoint."
+        ) from last
+
+    def _deployment(self) -> Any:
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle("VideoLLM", LLM_APP)
+        return self._handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_timeout_s": self._timeout_s, "_handle": None}
+
+
+class StoreClient:
+    """Push chunks to the token store without waiting; picklable, connects where it is first used.
+
+    The store is a cache of what the tokens table holds, so a push that fails is logged and not repeated.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._pending: list[Any] = []
+
+    def __call__(self, chunks: Sequence[Chunk]) -> None:
+        """Send the chunks."""
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle("TokenStore", STORE_APP)
+        self._handle.push.remote(list(chunks))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_handle": None, "_pending": []}

@@ -1,0 +1,400 @@
+"""The supervisor: starts Ray, the services and the lanes, restarts a lane that fails, and stops them all cleanly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..operators.errors import SettingsError, StormlineError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .lane import LanePlan, LaneStatus
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+STOP_WAIT_S = 30.0  # for a lane's last commit; after that it is killed, which loses nothing but the time to redo it
+MAX_BACKOFF_S = 30.0
+BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
+
+
+@dataclass
+class LaneSlot:
+    """One lane's place: its plan, its actor, and how it has fared."""
+
+    plan: LanePlan
+    actor: Any = None
+    run_ref: Any = None
+    started_s: float = 0.0
+    restarts: int = 0  # in a row, without a commit between
+    total_restarts: int = 0
+    retry_at_s: float = 0.0
+    status: LaneStatus | None = None
+    last_error: str = ""
+    done: list[LaneStatus] = field(default_factory=list)  # of its earlier lives, for totals
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """All lanes together, for a live view and a summary."""
+
+    phase: str  # starting, running, stopping, stopped
+    lanes: int
+    lanes_up: int
+    restarts: int
+    segments: int
+    frames: int
+    sampled: int
+    chunks: int
+    results: int
+    dead_letters: int
+    duplicates: int
+    lag_records: int
+    commit_p50_ms: float
+    commit_p95_ms: float
+    idle_s: float  # since any lane's newest record; 0 while a lane has not started
+    model_name: str = ""
+    model_trained: bool = True
+    newest: tuple[Any, ...] = ()
+
+
+class Supervisor:
+    """Run the lanes of one settings file until told to stop.
+
+    Args:
+        settings: What to run.
+        on_phase: Told what it is doing, in a sentence, as it starts and stops.
+    """
+
+    def __init__(self, settings: Settings, on_phase: Callable[[str], None] | None = None):
+        self._settings = settings
+        self._tell = on_phase or (lambda text: logger.info("%s", text))
+        self._stop = threading.Event()
+        self._slots: list[LaneSlot] = []
+        self._phase = "starting"
+        self._model: ModelDescription | None = None
+
+    def request_stop(self) -> None:
+        """Ask for a clean stop; safe from a signal handler or another thread."""
+        self._stop.set()
+
+    def run(
+        self,
+        *,
+        until_idle_s: float | None = None,
+        on_status: Callable[[RunStatus], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> RunStatus:
+        """Start everything, watch it until `request_stop`, stop it; returns what was done.
+
+        Args:
+            until_idle_s: Also stop when nothing has come for so long and nothing is waiting.
+            on_status: Called a few times a second.
+            on_ready: Called once, when every lane takes records.
+
+        Raises:
+            StormlineError: What could not start, or the lane that failed too often, and why.
+        """
+        from .output_lock import OutputLock
+
+        root = Path(self._settings.output.path)
+        with OutputLock(root), embedded_ray(self._settings, self._tell), self._services():
+            self._plan()
+            self._tell(f"starting {len(self._slots)} lane(s)")
+            ready = False
+            try:
+                while not self._stop.is_set():
+                    self._tend()
+                    status = self.status()
+                    if not ready and status.lanes_up == len(self._slots):
+                        ready, self._phase = True, "running"
+                        if on_ready:
+                            on_ready()
+                    if on_status:
+                        on_status(status)
+                    if until_idle_s is not None and ready and status.idle_s >= until_idle_s and status.lag_records == 0:
+                        break
+                    self._stop.wait(POLL_S)
+            finally:
+                self._phase = "stopping"
+                self._stop_lanes()
+            self._phase = "stopped"
+            return self.status()
+
+    @contextmanager
+    def _services(self) -> Iterator[None]:
+        from . import serving
+
+        self._tell("starting the LLM and the token store on Ray Serve")
+        try:
+            serving.start_services(self._settings)
+            yield
+        finally:
+            serving.stop_services()
+
+    def _plan(self) -> None:
+        """Find the partitions, recover what is committed, and plan each lane."""
+        from .kafka_source import check_offsets_exist, list_partitions
+        from .lane import LanePlan
+        from .recovery import recover
+
+        settings = self._settings
+        partitions = list_partitions(settings.kafka)
+        count = min(settings.lanes.count, len(partitions))
+        if count < settings.lanes.count:
+            self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
+        model = self._model = describe_model(settings)
+        identity = run_identity(settings, model)
+        recovery = recover(settings.output.path, lanes=count, identity=identity)
+        for warning in recovery.warnings:
+            self._tell(f"checkpoint: {warning}")
+        if recovery.partitions:
+            self._tell(f"going on from the checkpoint: {len(recovery.partitions)} partition(s)")
+            offsets = {(p.topic, p.partition): p.next_offset for p in recovery.partitions.values()}
+            check_offsets_exist(settings.kafka, offsets)
+        for lane in range(count):
+            mine = tuple(partitions[lane::count])
+            self._slots.append(
+                LaneSlot(
+                    LanePlan(
+                        lane=lane,
+                        settings=settings,
+                        model_name=model.name,
+                        frame_hw=model.frame_hw,
+                        identity=identity,
+                        partitions=mine,
+                        start=recovery.for_lane(lane, mine),
+                    )
+                )
+            )
+
+    def _tend(self) -> None:
+        """Start what should run, restart what failed, refresh what they say."""
+        import ray
+
+        for slot in self._slots:
+            if slot.actor is None and time.monotonic() >= slot.retry_at_s:
+                self._start_lane(slot)
+            elif slot.actor is not None:
+                done, _ = ray.wait([slot.run_ref], timeout=0)
+                if done:
+                    self._lane_ended(slot)
+                elif self._stalled(slot):
+                    self._fail(slot, f"no barrier for {self._settings.lanes.stall_s:.0f} s")
+        self._refresh()
+
+    def _start_lane(self, slot: LaneSlot) -> None:
+        from .lane import start_lane
+
+        slot.actor = start_lane(slot.plan)
+        slot.run_ref = slot.actor.run.remote()
+        slot.started_s = time.monotonic()
+
+    def _refresh(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        refs = {slot.actor.status.remote(): slot for slot in self._slots if slot.actor is not None}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=POLL_S) if refs else ([], [])
+        for ref in ready:
+            try:
+                slot, status = refs[ref], ray.get(ref)
+            except RayError:
+                continue  # it has died; its run_ref tells why
+            if status is not None:
+                if slot.status is None or status.epoch > slot.status.epoch:
+                    slot.restarts = 0
+                slot.status = status
+
+    def _stalled(self, slot: LaneSlot) -> bool:
+        if slot.status is None:
+            return time.monotonic() - slot.started_s > 2 * self._settings.lanes.stall_s
+        return slot.status.last_barrier_s > self._settings.lanes.stall_s
+
+    def _lane_ended(self, slot: LaneSlot) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(slot.run_ref)
+            reason = "it ended by itself"
+        except RayError as e:
+            reason = root_cause(e)
+        self._fail(slot, reason)
+
+    def _fail(self, slot: LaneSlot, reason: str) -> None:
+        """Take a failed lane down and plan its next life from its last checkpoint.
+
+        Raises:
+            StormlineError: If it failed too often in a row.
+        """
+        import ray
+
+        from .recovery import recover_lane
+
+        lanes = self._settings.lanes
+        ray.kill(slot.actor)
+        if slot.status is not None:
+            slot.done.append(slot.status)
+        slot.actor, slot.run_ref, slot.status, slot.last_error = None, None, None, reason
+        slot.restarts += 1
+        slot.total_restarts += 1
+        if slot.restarts > lanes.max_restarts:
+            raise StormlineError(
+                f"lane {slot.plan.lane} failed {slot.restarts} times without a commit between; last: {reason}. "
+                "What was committed is safe: mend the cause and run again."
+            )
+        wait_s = min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2 ** (slot.restarts - 1))
+        slot.retry_at_s = time.monotonic() + wait_s
+        self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint in {wait_s:.0f} s")
+        plan = slot.plan
+        start = recover_lane(
+            plan.start.root, plan.lane, lanes=plan.start.lanes, partitions=plan.partitions, identity=plan.identity
+        )
+        slot.plan = replace(plan, start=start)
+
+    def _stop_lanes(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        running = [slot for slot in self._slots if slot.actor is not None]
+        if not running:
+            return
+        self._tell("stopping: the lanes finish what they have begun")
+        for slot in running:
+            slot.actor.stop.remote()
+        done, _ = ray.wait([s.run_ref for s in running], num_returns=len(running), timeout=STOP_WAIT_S)
+        for slot in running:
+            if slot.run_ref in done:
+                try:
+                    slot.status = ray.get(slot.run_ref)
+                except RayError as e:
+                    self._tell(f"lane {slot.plan.lane} failed while stopping ({root_cause(e)}); its checkpoint stands")
+            else:
+                self._tell(f"lane {slot.plan.lane} did not stop in {STOP_WAIT_S:.0f} s; its checkpoint stands")
+            ray.kill(slot.actor)
+
+    def status(self) -> RunStatus:
+        """Return all lanes' counts together."""
+        now = [slot.status for slot in self._slots if slot.status is not None]
+        ever = now + [status for slot in self._slots for status in slot.done]
+        lags = [s.lag_records for s in now]
+
+        def total(name: str) -> int:
+            return sum(getattr(s, name) for s in ever)
+
+        return RunStatus(
+            phase=self._phase,
+            lanes=len(self._slots),
+            lanes_up=sum(s.lag_records != -1 or s.epoch > 0 for s in now),
+            restarts=sum(slot.total_restarts for slot in self._slots),
+            segments=total("segments"),
+            frames=total("frames"),
+            sampled=total("sampled"),
+            chunks=total("chunks"),
+            results=total("results"),
+            dead_letters=total("dead_letters"),
+            duplicates=total("duplicates"),
+            lag_records=-1 if not lags or min(lags) < 0 else sum(lags),
+            commit_p50_ms=max((s.commit_p50_ms for s in now), default=0.0),
+            commit_p95_ms=max((s.commit_p95_ms for s in now), default=0.0),
+            idle_s=min((s.idle_s for s in now), default=0.0),
+            model_name=self._model.name if self._model else "",
+            model_trained=self._model.trained if self._model else False,
+            newest=tuple(r for s in now for r in s.newest),
+        )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the driver must know of the model without holding it."""
+
+    name: str
+    fingerprint: str
+    trained: bool
+    frame_hw: tuple[int, int]
+    chunk_frames: int
+
+
+def describe_model(settings: Settings) -> ModelDescription:
+    """Load the model in a task of its own and tell what it is; the driver keeps nothing of it.
+
+    Raises:
+        SettingsError: If it cannot be loaded.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(ray.remote(num_cpus=0.1, max_calls=1)(_describe_model).remote(settings))
+    except RayTaskError as e:
+        raise SettingsError(f"The model {settings.model.path or 'built in'} cannot be loaded: {root_cause(e)}") from e
+
+
+def _describe_model(settings: Settings) -> ModelDescription:
+    from ..models.loading import load_model
+
+    loaded = load_model(settings.model.path, device="cpu", dtype=settings.model.dtype)
+    config = loaded.model.config
+    frame_hw = (config.image_size, config.image_size)
+    return ModelDescription(loaded.name, loaded.fingerprint, loaded.trained, frame_hw, config.chunk_frames)
+
+
+def run_identity(settings: Settings, model: ModelDescription) -> dict[str, Any]:
+    """Return what must stay the same for a checkpoint to be gone on from."""
+    return {
+        "model": model.fingerprint,
+        "sampling.fps": str(settings.sampling.fps),
+        "sampling.max_hold_s": settings.sampling.max_hold_s,
+        "chunk_frames": model.chunk_frames,
+        "frame_hw": list(model.frame_hw),
+    }
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost cause of a Ray error in one line."""
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+        cause = inner
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    text = lines[-1].strip() if lines else ""
+    return text if text.startswith(type(cause).__name__) else f"{type(cause).__name__}: {text}"
+
+
+@contextmanager
+def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[None]:
+    """Use the running Ray, or start one for the time of the block and shut it down after it."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if settings.ray.address is None:
+        tell("starting Ray on this machine")
+        options |= {
+            "num_cpus": settings.ray.num_cpus
+            or BASE_CPUS + settings.lanes.count * max(1, -(-settings.lanes.decode_workers // 4)),
+            "object_store_memory": settings.ray.object_store_bytes,
+            "include_dashboard": False,
+            "address": "local",
+        }
+    else:
+        options["address"] = settings.ray.address
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    try:
+        ray.init(**options)
+    except (ConnectionError, OSError, ValueError, RuntimeError) as e:
+        raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,107 @@
+import pytest
+from stormline.operators.errors import CheckpointError
+from stormline.pipeline.sessions import Record, SessionTracker
+
+T0_NS = 1_700_000_000_000_000_000
+
+
+def record(offset, *, key=b"cam", partition=0, timestamp_ms=T0_NS // 1_000_000, **headers):
+    raw = [(name.replace("_type", "-type"), str(value).encode()) for name, value in headers.items()]
+    return Record("video", partition, offset, timestamp_ms, key, b"media", raw)
+
+
+def published(offset, seq, session="s1", **more):
+    return record(offset, session=session, seq=seq, start_ns=T0_NS + seq * 10**9, **more)
+
+
+def test_headers_when_all_are_there_then_they_place_the_segment():
+    tracker = SessionTracker()
+
+    first = tracker.take(published(0, 0))
+    last = tracker.take(published(1, 1, end="1", content_type="video/x-matroska"))
+
+    assert (first.meta.session, first.meta.seq, first.meta.session_start_ns) == ("s1", 0, T0_NS)
+    assert (last.meta.seq, last.meta.start_ns, last.meta.session_start_ns) == (1, T0_NS + 10**9, T0_NS)
+    assert (first.meta.end, last.meta.end, last.meta.content_type) == (False, True, "video/x-matroska")
+
+
+def test_seq_when_repeated_then_dropped_and_counted():
+    tracker = SessionTracker()
+
+    taken = [tracker.take(published(i, seq)) for i, seq in enumerate([0, 1, 1, 0, 2])]
+
+    assert [s.meta.seq for s in taken if s] == [0, 1, 2]
+    assert tracker.counters["duplicates"] == 2
+
+
+def test_seq_when_it_jumps_then_a_gap_is_recorded_with_its_place():
+    tracker = SessionTracker()
+    tracker.take(published(0, 0))
+
+    after = tracker.take(published(1, 4))
+
+    assert after.meta.gap_segments == 3
+    assert [d.reason for d in after.dead_letters] == ["gap"]
+    assert "segments 1 to 3 never arrived before video[0]@1" in after.dead_letters[0].detail
+
+
+def test_session_when_new_then_a_new_grid_begins_and_late_records_of_the_old_are_dropped():
+    tracker = SessionTracker()
+    tracker.take(published(0, 0))
+
+    new = tracker.take(record(1, session="s2", seq=0, start_ns=T0_NS + 77))
+    late = tracker.take(published(2, 1))
+    following = tracker.take(record(3, session="s2", seq=1, start_ns=T0_NS + 10**9))
+
+    assert (new.meta.session, new.meta.session_start_ns, new.meta.gap_segments) == ("s2", T0_NS + 77, 0)
+    assert late is None
+    assert (following.meta.session, following.meta.seq) == ("s2", 1)
+
+
+def test_record_when_it_has_no_headers_then_counted_and_timed_by_kafka():
+    tracker = SessionTracker()
+
+    metas = [tracker.take(record(i, timestamp_ms=1000 + 500 * i)).meta for i in range(3)]
+
+    assert [m.seq for m in metas] == [0, 1, 2]
+    assert [m.start_ns for m in metas] == [10**9, 1_500_000_000, 2 * 10**9]
+    assert {m.session_start_ns for m in metas} == {10**9}
+
+
+def test_record_when_a_headerless_session_has_ended_then_the_next_begins_another():
+    tracker = SessionTracker()
+
+    first, ended, new = (tracker.take(record(i, **({"end": 1} if i == 1 else {}))).meta for i in range(3))
+
+    assert first.session == ended.session != new.session
+    assert new.seq == 0
+
+
+def test_record_when_it_has_no_key_then_the_stream_is_named_after_its_partition():
+    assert SessionTracker().take(record(0, key=None, partition=3)).meta.stream_id == "video-3"
+
+
+def test_header_when_it_is_no_number_then_noted_and_the_record_is_used():
+    segment = SessionTracker().take(record(0, seq="abc", start_ns="-5", timestamp_ms=7))
+
+    assert (segment.meta.seq, segment.meta.start_ns) == (0, 7_000_000)
+    assert [d.reason for d in segment.dead_letters] == ["bad_header", "bad_header"]
+
+
+def test_snapshot_when_restored_then_goes_on_as_without_interruption():
+    records = [published(0, 0), published(1, 1, key=b"other", partition=1), published(2, 1), published(3, 1)]
+    records += [published(4, 5), record(5, session="s2", seq=0, start_ns=T0_NS)]
+    whole = SessionTracker()
+    expected = [whole.take(r) for r in records]
+
+    for cut in range(len(records) + 1):
+        before = SessionTracker()
+        got = [before.take(r) for r in records[:cut]]
+        after = SessionTracker.restore(before.snapshot())
+        got += [after.take(r) for r in records[cut:]]
+        assert got == expected
+
+
+def test_snapshot_when_of_another_version_then_refused():
+    with pytest.raises(CheckpointError, match=r"video\[0\] has version 99"):
+        SessionTracker.restore({("video", 0): b'{"version": 99, "streams": {}}'})

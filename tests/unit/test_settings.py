@@ -1,0 +1,68 @@
+from fractions import Fraction
+
+import pytest
+from stormline.operators.errors import SettingsError
+from stormline.pipeline.settings import load_settings, masked, resolve_secrets
+
+
+def test_settings_when_nothing_is_given_then_the_defaults_hold():
+    settings = load_settings(None)
+
+    assert settings.sampling.fps == 2
+    assert [q.id for q in settings.queries] == ["caption"]
+
+
+def test_settings_when_file_and_override_disagree_then_the_override_wins(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("lanes: {count: 2, decode_workers: 3}\nsampling: {fps: 30000/1001}\n")
+
+    settings = load_settings(file, ["lanes.count=4", "kafka.topics=[gate, yard]"])
+
+    assert (settings.lanes.count, settings.lanes.decode_workers) == (4, 3)
+    assert settings.sampling.fps == Fraction(30000, 1001)
+    assert settings.kafka.topics == ["gate", "yard"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lanes.cuont=2", "lanes.cuont: unknown key; known here: count"),
+        ("lanes.count=many", r"lanes.count: .*integer.* \(got 'many'\)"),
+        ("sampling.fps=0", "got 0, expected more than 0"),
+        ("queries=[{id: a}, {id: a}]", "the id 'a' stands twice"),
+        ("queries=[{id: a, widow_s: 3}]", r"queries.0.widow_s: unknown key; known here: .*window_s"),
+        ("lanes", "expected section.key=value"),
+        ("kafka.topics=[a", "not a YAML value"),
+    ],
+)
+def test_settings_when_wrong_then_the_error_says_which_key_and_what_was_expected(override, said):
+    with pytest.raises(SettingsError, match=said):
+        load_settings(None, [override])
+
+
+def test_settings_when_the_file_is_missing_or_no_mapping_then_said_so(tmp_path):
+    listed = tmp_path / "list.yaml"
+    listed.write_text("- a\n- b\n")
+
+    with pytest.raises(SettingsError, match="Cannot read the settings file"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(SettingsError, match="holds a list"):
+        load_settings(listed)
+
+
+def test_secrets_when_referred_to_then_resolved_and_never_shown(tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2\n")
+    monkeypatch.setenv("KAFKA_PASSWORD", "swordfish")
+    options = {"sasl_plain_password": "${env:KAFKA_PASSWORD}", "ssl_password": f"${{file:{secret}}}", "client_id": "x"}
+
+    assert resolve_secrets(options) == {"sasl_plain_password": "swordfish", "ssl_password": "hunter2", "client_id": "x"}
+    shown = masked(load_settings(None, ["kafka.client={sasl_plain_password: swordfish, client_id: x}"]))
+    assert shown["kafka"]["client"] == {"sasl_plain_password": "***", "client_id": "x"}
+
+
+def test_secret_when_its_variable_is_not_set_then_named(monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+
+    with pytest.raises(SettingsError, match="NOT_SET is not set"):
+        resolve_secrets({"sasl_plain_password": "${env:NOT_SET}"})
