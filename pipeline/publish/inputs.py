@@ -1,0 +1,268 @@
+"""What can be published, and opening it: files, devices, network addresses, standard input, the generated feed."""
+
+from __future__ import annotations
+
+import glob
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import urlsplit, urlunsplit
+
+from ...operators.errors import PublishError
+from .segmenter import round_ms
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+
+Kind = Literal["file", "device", "url", "stdin", "shapes"]
+
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv"}
+    | {".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
+)
+FINITE_SCHEMES = ("http", "https", "rtsp", "rtsps")  # what gives a duration here is a file, not a live stream
+TIMEOUT_S = 10.0  # for connecting, and for a live stream that falls silent
+SHAPES_KEYFRAME_MS = 1000
+
+
+class InputError(PublishError):
+    """A source cannot be opened or read any more. A live one may come back."""
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One thing to publish as one stream."""
+
+    source: str = field(repr=False)  # as it was given; a URL may hold a password
+    kind: Kind
+    stream_id: str
+
+    @property
+    def name(self) -> str:
+        """Return the source for messages, without a password."""
+        return without_password(self.source) if self.kind == "url" else self.source
+
+    @property
+    def waits_for_sender(self) -> bool:
+        """Whether opening it listens until somebody connects."""
+        return self.kind == "url" and "listen=1" in urlsplit(self.source).query
+
+
+def expand_sources(sources: Sequence[str], stream_id: str | None = None) -> list[SourceSpec]:
+    """Turn what the user named into streams: a folder or a glob gives one for each video file.
+
+    Args:
+        sources: Files, folders, globs, devices, URLs, ``-`` or ``shapes:?…``.
+        stream_id: Name of the stream, where there is only one.
+
+    Raises:
+        PublishError: If something is not there, holds no videos, or two streams would have one name.
+    """
+    specs = [spec for source in sources for spec in _expand(source)]
+    if stream_id is not None:
+        if len(specs) != 1:
+            raise PublishError(
+                f"--stream-id names one stream, but {', '.join(sources)} gives {len(specs)}; leave it out"
+            )
+        return [SourceSpec(specs[0].source, specs[0].kind, stream_id)]
+    by_id: dict[str, SourceSpec] = {}
+    for spec in specs:
+        other = by_id.setdefault(spec.stream_id, spec)
+        if other is not spec:
+            raise PublishError(
+                f"{other.name} and {spec.name} would both be stream {spec.stream_id!r}; "
+                "rename one, or publish them one by one with --stream-id"
+            )
+    return specs
+
+
+def _expand(source: str) -> list[SourceSpec]:
+    if source == "-":
+        return [SourceSpec(source, "stdin", "stdin")]
+    if source.startswith("shapes:"):
+        return [SourceSpec(source, "shapes", f"shapes-{_shapes(source)[0].seed}")]
+    if re.match(r"^[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
+        return [SourceSpec(source, "url", _url_stream_id(source))]
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        if not files:
+            raise PublishError(f"folder {source} holds no video files; for others, give a glob such as '{path}/*.bin'")
+        return [_file_spec(p) for p in files]
+    if path.exists():
+        return [_file_spec(path)]
+    files = sorted(Path(p) for p in glob.glob(source, recursive=True))
+    files = [p for p in files if not p.is_dir()]
+    if not files:
+        raise PublishError(f"{source} is no file, folder, glob that matches a file, device or URL")
+    return [_file_spec(p) for p in files]
+
+
+def _file_spec(path: Path) -> SourceSpec:
+    if path.is_char_device():
+        return SourceSpec(str(path), "device", path.name)
+    return SourceSpec(str(path), "file", path.stem)
+
+
+def _url_stream_id(url: str) -> str:
+    parts = urlsplit(url)
+    text = f"{parts.hostname or ''}-{parts.port or ''}-{parts.path.rpartition('.')[0] or parts.path}"
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-") or "stream"
+
+
+def without_password(url: str) -> str:
+    """Return a URL with ``***`` in place of its user and password."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+
+
+class MediaInput:
+    """An opened file, device, URL or standard input: one pass over its video.
+
+    Use it in a `with` block, or `close` it.
+
+    Args:
+        spec: What to open.
+        options: Passed to FFmpeg's demuxer (``rtsp_transport=udp``); ``format`` names the demuxer itself.
+
+    Raises:
+        InputError: If it cannot be opened or has no video.
+    """
+
+    def __init__(self, spec: SourceSpec, options: Mapping[str, str] | None = None):
+        self.spec = spec
+        self._container = _open_container(spec, options or {})
+        video = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
+        if not video:
+            self._container.close()
+            raise InputError(f"{spec.name} has no video stream")
+        self.stream: av.VideoStream = video[0]
+        self.is_live = self._decide_live()
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Yield the video's packets in decode order, up to the end.
+
+        Raises:
+            InputError: If reading fails.
+        """
+        from av.error import FFmpegError
+
+        packets = self._container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except (FFmpegError, OSError) as error:
+                raise InputError(f"reading {self.spec.name} failed: {_reason(error)}") from error
+            if packet is None:
+                return
+            if packet.size:  # the last one is empty: it would flush a decoder
+                yield packet
+
+    def _decide_live(self) -> bool:
+        if self.spec.kind != "url":
+            return self.spec.kind in ("device", "stdin")
+        has_duration = (self._container.duration or 0) > 0
+        return not (has_duration and urlsplit(self.spec.source).scheme.lower() in FINITE_SCHEMES)
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+        self._container.close()
+
+    def __enter__(self) -> MediaInput:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ShapesInput:
+    """The generated feed, encoded with a keyframe each second: looks like a `MediaInput`.
+
+    Args:
+        spec: Its source is ``shapes:?seed=1&size=256&fps=10&duration=60``; without a duration it never ends.
+
+    Raises:
+        PublishError: If the source cannot be read.
+    """
+
+    is_live = False
+
+    def __init__(self, spec: SourceSpec):
+        from ...models.training.shapes import ShapesWorld
+        from .transcode import FrameEncoder
+
+        self.spec = spec
+        shapes, self._fps, self._duration_s = _shapes(spec.source)
+        self.world = ShapesWorld(shapes)
+        rate = Fraction(self._fps).limit_denominator(1001)
+        self._encoder = FrameEncoder(shapes.size_px, shapes.size_px, rate, keyframe_ms=SHAPES_KEYFRAME_MS)
+        self._frame_time = 1 / rate
+        self.stream: av.VideoStream = self._encoder.template
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Yield the encoded frames, up to the duration."""
+        import av
+
+        for i, picture in enumerate(self.world.frames(self._fps, stop_s=self._duration_s)):
+            ms = round_ms(i, self._frame_time)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            yield from self._encoder.encode(frame, ms, round_ms(i + 1, self._frame_time) - ms)
+        yield from self._encoder.flush()
+
+    def truth_lines(self, window_s: float) -> Iterator[str]:
+        """Yield what the feed shows as lines of JSON, in order; times are seconds since the session's start."""
+        return self.world.truth_lines(0.0, self._duration_s, window_s)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing open."""
+
+    def __enter__(self) -> ShapesInput:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_input(spec: SourceSpec, options: Mapping[str, str] | None = None) -> MediaInput | ShapesInput:
+    """Open a source for one pass.
+
+    Raises:
+        InputError: If it cannot be opened or has no video.
+    """
+    return ShapesInput(spec) if spec.kind == "shapes" else MediaInput(spec, options)
+
+
+def _open_container(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
+    import av
+    from av.error import FFmpegError
+
+    options = dict(options)
+    media_format = options.pop("format", "v4l2" if spec.kind == "device" else None)
+    timeout = (TIMEOUT_S, TIMEOUT_S) if spec.kind in ("url", "device") else None
+    if spec.source.lower().startswith("rtsp"):
+        options.setdefault("rtsp_transport", "tcp")  # over UDP, lost packets become broken pictures
+    file: Any = sys.stdin.buffer if spec.kind == "stdin" else spec.source
+    try:
+        return cast("InputContainer", av.open(file, "r", format=media_format, options=options, timeout=timeout))
+    except (FFmpegError, OSError, ValueError) as error:
+        raise InputError(f"cannot open {spec.name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _shapes(source: str) -> tuple[Any, float, float | None]:
+    from ...models.training.shapes import parse_shapes_url
+
+    try:
+        return parse_shapes_url(source)
+    except ValueError as error:
+        raise PublishError(str(error)) from error
