@@ -1,0 +1,145 @@
+"""Reads the tables of an output folder while lanes write to it: committed rows only.
+
+A lane's rows can be seen a moment before they are committed, and after a crash just then they come again. Who
+wants each row once goes by the manifests: a file counts when its epoch is not after its lane's last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from ..operators.errors import SettingsError
+from .checkpoint import list_committed, list_lanes
+from .parquet_sink import FoundFile, find_data_files
+from .tables import TABLES
+
+_BULKY = ("tokens", "data")  # columns that nobody wants on a screen
+_FILES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """Which rows are wanted; all that are given must hold."""
+
+    kind: str | None = None  # results only: caption, alert, answer
+    stream: str | None = None  # a name, or a pattern with * ? [ ]
+    since: datetime | None = None  # by start_time; aware
+
+
+class TableReader:
+    """Reads one table of an output folder.
+
+    Raises:
+        SettingsError: When built, if the folder is not one that stormline writes to, or the filter asks for a
+            column that the table has not.
+    """
+
+    def __init__(self, root: Path, table: str, wanted: RowFilter = RowFilter()):
+        check_output_folder(root)
+        self._root = root
+        self._table = table
+        self._schema = TABLES[table]
+        self._columns = [name for name in self._schema.names if name not in _BULKY]
+        self._wanted = wanted
+        self._seen: dict[int, int] = {}  # lane → its last epoch given out
+        if wanted.kind is not None and "kind" not in self._columns:
+            raise SettingsError(f"--kind is for results: rows of {table} have no kind. Leave it out.")
+
+    def newest(self, limit: int) -> list[dict[str, Any]]:
+        """Return at most `limit` rows, oldest first.
+
+        Later dates come before earlier ones, and within a date what was committed later. No more files are read
+        than that needs.
+        """
+        committed = self._committed()
+        self._seen = dict(committed)
+        rows: list[dict[str, Any]] = []
+        for files in _batches(self._files({}, committed)):
+            if len(rows) >= limit:
+                break
+            rows = self._read(files) + rows
+        return sorted(rows, key=_by_time)[-limit:] if limit else []
+
+    def fresh(self) -> list[dict[str, Any]]:
+        """Return the rows committed since the last call of this or of `newest`, oldest first."""
+        committed = self._committed()
+        if committed == self._seen:
+            return []
+        files = self._files(self._seen, committed)
+        self._seen = dict(committed)
+        return sorted(self._read(sorted(files, key=lambda f: (f.date, f.epoch, f.lane))), key=_by_time)
+
+    def _committed(self) -> dict[int, int]:
+        newest = ((lane, list_committed(self._root, lane)) for lane in list_lanes(self._root))
+        return {lane: epochs[0] for lane, epochs in newest if epochs}
+
+    def _files(self, after: dict[int, int], until: dict[int, int]) -> list[FoundFile]:
+        """Return the files of epochs (after, until] of each lane, without those of days before the filter's."""
+        first_date = ""
+        if self._wanted.since is not None:
+            first_date = self._wanted.since.astimezone(timezone.utc).strftime("%Y-%m-%d")
+        return [
+            file
+            for file in find_data_files(self._root, [self._table])
+            if not file.temporary
+            and file.date >= first_date
+            and after.get(file.lane, 0) < file.epoch <= until.get(file.lane, 0)
+        ]
+
+    def _read(self, files: Iterable[FoundFile]) -> list[dict[str, Any]]:
+        paths = [str(file.path) for file in files]
+        if not paths:
+            return []
+        rows = ds.dataset(paths, schema=self._schema, format="parquet").to_table(self._columns, filter=self._filter())
+        return [row for row in rows.to_pylist() if self._stream_is_wanted(row["stream_id"])]
+
+    def _filter(self) -> ds.Expression | None:
+        conditions = []
+        if self._wanted.kind is not None:
+            conditions.append(ds.field("kind") == self._wanted.kind)
+        if self._wanted.since is not None:
+            since = pa.scalar(self._wanted.since.astimezone(timezone.utc), pa.timestamp("us", tz="UTC"))
+            conditions.append(ds.field("start_time") >= since)
+        if not conditions:
+            return None
+        return conditions[0] if len(conditions) == 1 else conditions[0] & conditions[1]
+
+    def _stream_is_wanted(self, stream_id: str) -> bool:
+        return self._wanted.stream is None or fnmatchcase(stream_id, self._wanted.stream)
+
+
+def check_output_folder(root: Path) -> None:
+    """Raise if stormline has not written here.
+
+    Raises:
+        SettingsError: If so.
+    """
+    if not root.is_dir():
+        raise SettingsError(f"no folder {root}. Give the folder that `stormline run` writes to (its `output.path`).")
+    if not (root / "checkpoints").is_dir():
+        inside = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
+        raise SettingsError(
+            f"{root} is no output folder of stormline: expected checkpoints/ in it, got {inside}. Give the folder "
+            f"that `stormline run` writes to (its `output.path`), not one of its tables."
+        )
+
+
+def _batches(files: list[FoundFile]) -> Iterator[list[FoundFile]]:
+    """Yield files in groups of one date and not too many, the newest group first; in a group the oldest file first."""
+    for _, group in groupby(sorted(files, key=lambda f: f.date, reverse=True), key=lambda f: f.date):
+        day = sorted(group, key=lambda f: (f.path.stat().st_mtime_ns, f.epoch), reverse=True)
+        for start in range(0, len(day), _FILES_AT_ONCE):
+            yield day[start : start + _FILES_AT_ONCE][::-1]
+
+
+def _by_time(row: dict[str, Any]) -> datetime:
+    return row["start_time"]  # of equal times, what was committed first stays first
