@@ -71,8 +71,9 @@ def write_failure(error: OSError, root: Path) -> str:
     except OSError:
         free_mb = "free space unknown"
     return (
-        f"cannot read or write {where}: {error.strerror or error} ({free_mb}). Expected a folder that this user "
-        f"may write to, with room. Free space or correct the rights of {root}; the lane goes on from its last checkpoint."
+        f"cannot read or write {where}: {error.strerror or error} ({free_mb}). Expected a folder that this user may "
+        f"write to, with room. Free space or correct the rights of {root}; what is committed stays, and the lane goes "
+        f"on from there."
     )
 
 

@@ -83,7 +83,7 @@ def recover(root: Path | str, *, lanes: int, identity: Mapping[str, Any]) -> Rec
         CheckpointError: If the settings differ, or damage leaves no safe way on. Nothing was deleted then.
         CommitError: If the folder cannot be written to.
     """
-    root = Path(root)
+    root = Path(root).absolute()  # a lane may run in another folder
     try:
         owner = _take_over(root, {*range(lanes), *list_lanes(root)})
         record = _Record.read(root)
@@ -116,7 +116,7 @@ def recover_lane(
         CheckpointError: As `recover`.
         CommitError: As `recover`.
     """
-    root = Path(root)
+    root = Path(root).absolute()  # a lane may run in another folder
     try:
         owner = _take_over(root, {lane})
         record = _Record.read(root)
