@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
@@ -18,12 +19,34 @@ logger = logging.getLogger(__name__)
 
 LLM_APP = "stormline-llm"
 STORE_APP = "stormline-store"
+APPS = (LLM_APP, STORE_APP)
 ATTEMPTS = 4  # of one answer; a replica that died is back within the waits between them
 RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
 
 
-def start_services(settings: Settings) -> None:
-    """Deploy the LLM and the token store on the running Ray; returns when both answer."""
+@contextmanager
+def services(settings: Settings) -> Iterator[None]:
+    """Have the LLM and the token store answer within the block.
+
+    Where both run already on this Ray, they are used as they are and left running; else they are deployed, and
+    taken down after the block.
+    """
+    if set(APPS) <= _running_apps():
+        logger.info("services_reused apps=%s", ",".join(APPS))
+        yield
+        return
+    _deploy(settings)
+    try:
+        yield
+    finally:
+        serve.shutdown()
+
+
+def _running_apps() -> set[str]:
+    return {name for name, app in serve.status().applications.items() if app.status == "RUNNING"}
+
+
+def _deploy(settings: Settings) -> None:
     from .token_store import TokenStore
     from .video_llm import VideoLLM
 
@@ -41,11 +64,6 @@ def start_services(settings: Settings) -> None:
             serve.RunTarget(store, name=STORE_APP, route_prefix=None),
         ]
     )
-
-
-def stop_services() -> None:
-    """Take both down; safe when they never started."""
-    serve.shutdown()
 
 
 class LlmClient:
@@ -96,7 +114,6 @@ class StoreClient:
 
     def __init__(self) -> None:
         self._handle: Any = None
-        self._pending: list[Any] = []
 
     def __call__(self, chunks: Sequence[Chunk]) -> None:
         """Send the chunks."""
@@ -105,4 +122,4 @@ class StoreClient:
         self._handle.push.remote(list(chunks))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_handle": None, "_pending": []}
+        return {"_handle": None}

@@ -131,14 +131,11 @@ class Supervisor:
 
     @contextmanager
     def _services(self) -> Iterator[None]:
-        from . import serving
+        from .serving import services
 
         self._tell("starting the LLM and the token store on Ray Serve")
-        try:
-            serving.start_services(self._settings)
+        with services(self._settings):
             yield
-        finally:
-            serving.stop_services()
 
     def _plan(self) -> None:
         """Find the partitions, recover what is committed, and plan each lane."""
