@@ -78,7 +78,8 @@ def decode_segment(
     time falls back are dropped and counted; rotated video is set upright; JPEG and PNG images are one frame.
 
     Args:
-        data: Any container of `media.CONTAINERS`, or one JPEG or PNG image.
+        data: Any container of `media.CONTAINERS`, or one JPEG or PNG image. What follows the image in its record
+            (phones append depth and gain maps) is not looked at; a bare run of JPEGs needs a content type `video/…`.
         meta: Which segment it is.
         grid: The lane's grid.
         frame_hw: Size of the frames that come out; the aspect is not kept.
@@ -96,7 +97,7 @@ def decode_segment(
         if meta.end:
             return failed_segment(meta, frame_hw)
         raise MediaError("empty", f"a record without bytes: {meta.where}; expected media, or the header `end`")
-    codec = sniff_image(data)
+    codec = None if meta.content_type.startswith("video/") else sniff_image(data)
     if codec is not None:
         frame = decode_image(data, codec, max_frame_px=limits.max_frame_px)
         return sample_frames(ImageReader(frame), meta, None, grid=grid, frame_hw=frame_hw, limits=limits)
@@ -125,7 +126,8 @@ def decode_file(
         grid: The lane's grid.
         frame_hw: Size of the frames that come out.
         pts_range: [start, stop) timestamps of the keyframes that bound the part, in the stream's time base; None
-            for the file's start or end.
+            for the file's start or end. Cut only where what follows needs nothing before it: of an open GOP the
+            leading frames are lost, and counted.
         origin_pts: Timestamp of the frame at the session's start; None if it is this part's first frame, at
             `meta.start_ns`.
         limits: As for `decode_segment`.

@@ -257,7 +257,7 @@ class VideoReader:
         said = f"; FFmpeg says {first_line(list(self.errors))!r}" if self.errors else ""
         if any("Picture size" in text for _, _, text in self.errors):
             return MediaError("too_large", f"{what} frames over the limit on pixels{said}")
-        why = ", ".join(self.losses()) or "it holds no packets"
+        why = ", ".join(self.losses()) or "it ends before the first"
         return MediaError("no_frames", f"{what} gave no frame of {self.n_packets} packets: {why}{said}")
 
 

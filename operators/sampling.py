@@ -12,6 +12,7 @@ time ≤ g. The rules, which `decode` applies inside a segment and `step_sampler
 
 Frame times are whole milliseconds since the session's start (`MediaClock`), because Matroska, which the publisher
 writes, keeps no finer ones: only so do a file read directly and the same file published choose the same frames.
+A grid as fine as the video itself feels that: a frame whose time was rounded up past its grid time comes one later.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 import random
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
-
 from stormline.operators.rows import DecodedSegment, SegmentMeta
 from stormline.operators.sampling import (
     NS_PER_MS,
@@ -125,7 +125,7 @@ def test_step_sampler_when_cut_anywhere_then_equals_the_definition(fps, seed):
 
     for n_cuts in (0, 1, 5, 20, 79):
         bounds = [0, *sorted(rng.sample(range(1, 80), n_cuts)), 80]
-        segments = [make_decoded(frames[a:b], grid) for a, b in zip(bounds, bounds[1:], strict=False)]
+        segments = [make_decoded(frames[a:b], grid) for a, b in pairwise(bounds)]
         pairs, _, n_skipped = run(segments, grid)
 
         assert pairs == expected
@@ -188,7 +188,7 @@ def test_step_sampler_when_frames_lie_before_the_sessions_start_then_the_grid_st
 
 
 def test_step_sampler_when_the_segment_is_of_another_session_then_refuses():
-    with pytest.raises(ValueError, match="session 'a'.*session=b"):
+    with pytest.raises(ValueError, match=r"session 'a'.*session=b"):
         step_sampler(SamplerState("a"), make_decoded([(0, 1)], session="b"), TWO_FPS)
 
 
