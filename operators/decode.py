@@ -30,7 +30,7 @@ from .media import (
     sniff_image,
 )
 from .rows import ROW_SCHEMA, Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, rows_of
-from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_MS, NS_PER_S, GridSpec, MediaClock, walk_grid
+from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -339,7 +339,7 @@ class Decode:
         dead_letter_bytes: int = 1 << 20,
         limits: DecodeLimits | None = None,
     ):
-        self.grid = GridSpec(Fraction(str(fps)), round(max_hold_s * NS_PER_S / NS_PER_MS) * NS_PER_MS)
+        self.grid = GridSpec(Fraction(str(fps)), round(max_hold_s * NS_PER_S))
         self.frame_hw = frame_hw
         self.dead_letter_bytes = dead_letter_bytes
         self.limits = limits or DecodeLimits()
