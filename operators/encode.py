@@ -237,8 +237,11 @@ def _unpack_stream(snapshot: StreamSnapshot, device: Any) -> StreamEncoding:
     from ..models.storm import StreamState
 
     header, arrays = snapshot
+    # Cloned into memory that torch aligns: from another address its matrix products may round differently.
     model = {
-        k.removeprefix("model/"): torch.from_numpy(np.array(v)) for k, v in arrays.items() if k.startswith("model/")
+        k.removeprefix("model/"): torch.from_numpy(np.array(v)).clone()
+        for k, v in arrays.items()
+        if k.startswith("model/")
     }
     return StreamEncoding(
         meta=SegmentMeta(**header["meta"]),
