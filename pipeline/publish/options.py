@@ -21,7 +21,7 @@ class PublishOptions:
     """
 
     speed: float = 0.0  # media seconds a second; 0: as fast as possible. Live sources set their own pace
-    loop: int = 1  # passes over a file; 0: for ever
+    loop: int | None = 1  # passes over a file; None: for ever
     session: str | None = None  # None: a new one. A live source's later sessions add -2, -3…
     start_ns: int | None = None  # UTC time of the first frame; None: now
     segment_s: float = 2.0
@@ -34,7 +34,7 @@ class PublishOptions:
 
     def __post_init__(self) -> None:
         _require(self.speed >= 0, "speed", self.speed, "0 (as fast as possible) or more")
-        _require(self.loop >= 0, "loop", self.loop, "0 (for ever) or more")
+        _require(self.loop is None or self.loop >= 1, "loop", self.loop, "1 or more, or None (for ever)")
         _require(0.1 <= self.segment_s <= 600, "segment_s", self.segment_s, "0.1 to 600 seconds")
         _require(self.method in ("auto", "copy", "transcode"), "method", self.method, "auto, copy or transcode")
         _require(self.bitrate is None or self.bitrate >= 1000, "bitrate", self.bitrate, "1000 bits a second or more")

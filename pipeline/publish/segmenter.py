@@ -312,7 +312,7 @@ def template_of(stream: av.VideoStream) -> av.VideoStream | None:
 
     holder = av.open(io.BytesIO(), "w", format="matroska", options=MATROSKA_OPTIONS)
     try:
-        template = holder.add_stream_from_template(stream)
+        template = holder.add_stream_from_template(stream, opaque=True)  # also where there is no encoder
         holder.start_encoding()
     except (FFmpegError, ValueError):
         return None
@@ -330,7 +330,7 @@ def write_matroska(template: Any, packets: Sequence[TimedPacket]) -> bytes:
     delay_ms = max(s - p.pts_ms for s, p in zip(shown, packets, strict=True))
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska", options=MATROSKA_OPTIONS) as container:
-        stream = container.add_stream_from_template(template)
+        stream = container.add_stream_from_template(template, opaque=True)
         stream.time_base = MS
         for dts_ms, timed in zip(shown, packets, strict=True):
             packet = timed.packet
