@@ -94,7 +94,7 @@ class Mamba2(nn.Module):
         n_groups: int = 1,
         bias: bool = False,
         conv_bias: bool = True,
-        block_tokens: int = 128,
+        block_tokens: int = 64,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
@@ -151,7 +151,8 @@ class Mamba2(nn.Module):
 
         Cutting it anywhere and carrying the state gives what one pass gives: to rounding in general, since a
         matrix product may round differently at another length. Bit for bit on CPU where both go in pieces of the
-        same lengths, which is what `chunk_tokens` is for: with it, one call equals calls of that many tokens each.
+        same lengths, which is what `chunk_tokens` is for: with it, one call equals calls of that many tokens each,
+        on tensors of their own and with the same number of threads.
 
         Args:
             u: (b, l, d_model), l of 1 or more.
@@ -175,8 +176,8 @@ class Mamba2(nn.Module):
             return self._mix(u, state)
         outputs = []
         for piece in u.split(chunk_tokens, dim=1):
-            # A copy starts at an aligned address like any new tensor; a view in the middle may not, and
-            # matrix products may round differently there.
+            # A copy starts at an aligned address like any new tensor. A view in the middle may not, and MKL was seen to
+            # round small products differently there.
             y, state = self._mix(piece.clone(memory_format=torch.contiguous_format), state)
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
@@ -202,8 +203,8 @@ class Mamba2(nn.Module):
     def _convolve(self, xBC: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve (b, l, conv_dim) over time behind the last inputs; return silu of it, and the new last inputs.
 
-        As d_conv shifted products: a convolution call would want channels before time, which costs two
-        transpositions of the whole input, and was slower on CPU.
+        As d_conv shifted products, in the layout that comes in and goes out: a convolution call wants channels before
+        time, and was no faster on CPU.
         """
         length = xBC.shape[1]
         inputs = torch.cat([conv_state.to(xBC.dtype), xBC], dim=1)  # (b, d_conv - 1 + l, conv_dim)

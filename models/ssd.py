@@ -41,7 +41,8 @@ def ssd_scan(
 
     On CUDA it runs mamba_ssm's Triton kernel where that imports, elsewhere torch. The torch form walks over the
     blocks in order and does for each the same products whatever the length, so cutting a sequence at a multiple
-    of `block_tokens` and carrying the state gives the same bits; any other cut agrees to rounding.
+    of `block_tokens` and carrying the state gives the same bits on CPU, where that is a multiple of 16 (so that blocks
+    start at aligned addresses); any other cut agrees to rounding.
 
     Args:
         x: (b, l, n_heads, head_dim), l of 1 or more, not only multiples of the block.
@@ -127,10 +128,10 @@ def _scan_torch(
             y, state = _scan_block(
                 x_[:, block], dt_[:, block], log_decay[:, block], B_[:, block], C_[:, block], state, future
             )
+            if D is not None:  # here rather than once at the end: a block is still in the processor's cache
+                y = y.addcmul_(D.to(dtype)[:, None], x_[:, block])
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if D is not None:
-            y = torch.addcmul(y, D.to(dtype)[:, None], x_)
     return y.to(x.dtype), state
 
 
@@ -166,7 +167,7 @@ def _scan_block(
     read = C_g @ state.reshape(b, n_groups, wide, d_state).transpose(-1, -2)  # (b, n_groups, q, wide)
     read = read.transpose(1, 2).reshape(b, q, n_heads, head_dim)
     from_start = log_total.exp().transpose(1, 2)[..., None]  # (b, q, n_heads, 1)
-    y = torch.addcmul(y_inside.transpose(1, 2), read, from_start)
+    y = (read * from_start).add_(y_inside.transpose(1, 2))  # in this order it is contiguous
 
     # 3. Into the state: each token's outer product, decayed to the block's end.
     to_end = (log_total[..., -1:] - log_total).exp().transpose(1, 2)[..., None]  # (b, q, n_heads, 1)

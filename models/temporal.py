@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -332,4 +332,4 @@ class TemporalEncoder(nn.Module):
             )
 
     def _blocks(self) -> list[TemporalBlock]:
-        return [block for block in self.blocks if isinstance(block, TemporalBlock)]
+        return cast(list[TemporalBlock], list(self.blocks))
