@@ -145,8 +145,8 @@ class _Record:
         for lane in list_lanes(root):
             record.whole[lane] = []
             record.damaged[lane] = {}
-            record.next_epoch = max([record.next_epoch, *(e + 1 for e in list_epochs(root, lane))])
             for epoch in list_committed(root, lane):
+                record.next_epoch = max(record.next_epoch, epoch + 1)
                 try:
                     record.whole[lane].append(read_manifest(root, lane, epoch))
                 except FileNotFoundError:
