@@ -90,7 +90,7 @@ def results(
     show = _printer(output_format, table)
     show(rows)
     if follow:
-        _follow(reader, show)
+        follow_rows(reader, show)
 
 
 def parse_since(text: str | None, now: datetime) -> datetime | None:
@@ -114,10 +114,16 @@ def parse_since(text: str | None, now: datetime) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-def _follow(reader: TableReader, show: Callable[[Sequence[Mapping[str, Any]]], None]) -> None:
+def follow_rows(
+    reader: TableReader,
+    show: Callable[[Sequence[Mapping[str, Any]]], None],
+    wait: Callable[[float], object] | None = None,
+) -> None:
+    """Show new rows as they are committed, until Ctrl-C; `wait` replaces `time.sleep`."""
+    wait = wait or time.sleep
     try:
         while True:
-            time.sleep(POLL_S)
+            wait(POLL_S)
             show(reader.fresh())
     except KeyboardInterrupt:
         return

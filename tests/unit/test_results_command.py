@@ -1,0 +1,190 @@
+"""`stormline results`: what it shows, of what, and how it says that there is nothing."""
+
+import csv
+import io
+import json
+import re
+from datetime import datetime, timedelta, timezone
+
+import numpy as np
+import pytest
+from stormline.operators.errors import SettingsError
+from stormline.operators.rows import Chunk, DeadLetter, Position, Result
+from stormline.pipeline.cli import app
+from stormline.pipeline.commands.results import follow_rows, parse_since
+from stormline.pipeline.parquet_sink import EpochWriter
+from stormline.pipeline.recovery import recover
+from stormline.pipeline.table_reader import RowFilter, TableReader
+from typer.testing import CliRunner
+
+NOON_NS = 1_769_860_800 * 10**9  # 2026-01-31T12:00:00Z
+HOUR_NS = 3_600 * 10**9
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopsBeforeManifest(EpochWriter):
+    def step_done(self, number):
+        if number == 3:
+            raise StoppedError
+
+
+def make_result(n, stream="gate-1", kind="caption", answer=None):
+    start_ns = NOON_NS + n * HOUR_NS
+    answer = answer or f"answer {n}"
+    return Result(
+        kind, kind, stream, "s", start_ns, start_ns + 4 * 10**9, "?", answer, kind == "alert", 16, "", 1, "m", 0
+    )
+
+
+def make_writer(root, cls=EpochWriter):
+    return cls(recover(root, lanes=1, identity={}).for_lane(0, [("video", 0)]), model="m", identity={})
+
+
+def commit(writer, *results, at=1, **rows):
+    writer.commit(results=results, positions=[Position("video", 0, at)], snapshots={}, **rows)
+
+
+def show(*arguments, expect=0):
+    run = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["results", *map(str, arguments)])
+    assert run.exit_code == expect, run.output
+    return run
+
+
+def answers(*arguments):
+    return [json.loads(line)["answer"] for line in show(*arguments, "--format", "jsonl").stdout.splitlines()]
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Five epochs of one result an hour, the last one on the next day."""
+    writer = make_writer(tmp_path)
+    for n, (stream, kind) in enumerate(
+        [("gate-1", "caption"), ("yard", "caption"), ("gate-2", "alert"), ("yard", "answer"), ("gate-1", "caption")]
+    ):
+        commit(writer, make_result(n * 4, stream, kind), at=n + 1)
+    return tmp_path
+
+
+def test_results_when_shown_then_the_newest_come_last(out):
+    lines = show(out).stdout.splitlines()
+
+    assert re.split(r"  +", lines[0].strip()) == ["start (UTC)", "length", "stream", "kind", "answer"]
+    assert re.split(r"  +", lines[1].strip()) == ["2026-01-31 12:00:00", "4.0 s", "gate-1", "caption", "answer 0"]
+    assert [line.split()[-1] for line in lines[1:]] == ["0", "4", "8", "12", "16"]
+
+
+def test_results_when_filtered_then_only_matching_rows_are_shown(out):
+    assert answers(out, "--kind", "alert") == ["answer 8"]
+    assert answers(out, "--stream", "yard") == ["answer 4", "answer 12"]
+    assert answers(out, "--stream", "gate-*", "--kind", "caption") == ["answer 0", "answer 16"]
+    assert answers(out, "--since", "2026-01-31T20:00") == ["answer 8", "answer 12", "answer 16"]
+    assert answers(out, "--since", "2026-02-01T02:00+02:00") == ["answer 12", "answer 16"]
+    assert answers(out, "--limit", "2") == ["answer 12", "answer 16"]
+    assert answers(out, "--limit", "2", "--stream", "g*") == ["answer 8", "answer 16"]
+    assert answers(out, "--limit", "0") == []
+
+
+def test_results_when_an_epoch_is_not_committed_then_its_rows_are_not_shown(out):
+    with pytest.raises(StoppedError):
+        commit(make_writer(out, StopsBeforeManifest), make_result(20), at=9)
+
+    assert answers(out)[-1] == "answer 16"
+
+
+def test_results_when_csv_then_programs_read_it_back(out):
+    rows = list(csv.DictReader(io.StringIO(show(out, "--format", "csv").stdout)))
+
+    assert len(rows) == 5
+    assert rows[2]["kind"] == "alert"
+    assert rows[2]["start_time"] == "2026-01-31T20:00:00+00:00"
+
+
+def test_results_when_text_could_steer_the_terminal_then_it_cannot(tmp_path):
+    commit(make_writer(tmp_path), make_result(0, answer="a\x1b[2Jcar\n [bold]goes[/] by"))
+
+    shown = show(tmp_path).stdout
+
+    assert "\x1b" not in shown
+    assert "a�[2Jcar [bold]goes[/] by" in shown
+
+
+def test_results_when_tokens_or_dead_letters_are_asked_for_then_those_are_shown(tmp_path):
+    chunk = Chunk("yard", "s", 7, NOON_NS, NOON_NS + 10**9, 0, 4, 0.25, "video", 0, 3, 0, np.zeros((16, 8), np.float16))
+    letter = DeadLetter("corrupt", "no keyframe", "gate", "s", 1, "video", 0, 42, NOON_NS, 5_000, b"x")
+    commit(make_writer(tmp_path), chunks=[chunk], dead_letters=[letter])
+
+    assert re.search(r"yard +7 +16 × 8 +0\.25 +video\[0\]@3", show(tmp_path, "--tokens").stdout)
+    assert re.search(r"gate +video\[0\]@42 +corrupt +5,000 +no keyframe", show(tmp_path, "--dead-letters").stdout)
+    letters = show(tmp_path, "--dead-letters", "--format", "jsonl").stdout
+    assert json.loads(letters)["detail"] == "no keyframe"
+
+
+def test_follow_when_rows_are_committed_then_each_is_shown_once(out):
+    writer = make_writer(out)
+    reader = TableReader(out, "results", RowFilter(stream="gate-*"))
+    shown = [row["answer"] for row in reader.newest(1)]
+    waits = iter([[make_result(20)], [], [make_result(24), make_result(28, "yard")], [make_result(22)]])
+
+    def commit_something(seconds):
+        rows = next(waits, None)
+        if rows is None:
+            raise KeyboardInterrupt
+        if rows:
+            commit(writer, *rows, at=writer.next_epoch)
+
+    follow_rows(reader, lambda rows: shown.extend(row["answer"] for row in rows), commit_something)
+
+    assert shown == ["answer 16", "answer 20", "answer 24", "answer 22"]
+
+
+def test_follow_when_old_checkpoints_were_pruned_between_then_no_row_is_missed(out):
+    reader = TableReader(out, "results")
+    reader.newest(0)
+    writer = make_writer(out)
+    for n in range(20, 26):
+        commit(writer, make_result(n), at=n)
+
+    assert [row["answer"] for row in reader.fresh()] == [f"answer {n}" for n in range(20, 26)]
+    assert reader.fresh() == []
+
+
+def test_results_when_there_are_none_yet_then_it_says_so(tmp_path):
+    commit(make_writer(tmp_path))
+
+    run = show(tmp_path)
+
+    assert run.stdout == ""
+    assert f"no results in {tmp_path} yet" in run.stderr
+    assert "everything could be used" in show(tmp_path, "--dead-letters").stderr
+    assert "that match" in show(tmp_path, "--kind", "alert").stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (lambda p: p, (), "is no output folder of stormline: expected checkpoints/ in it, got nothing"),
+        (lambda p: p / "missing", (), "no folder"),
+        (lambda p: make_writer(p).root, ("--tokens", "--dead-letters"), "two tables"),
+        (lambda p: make_writer(p).root, ("--tokens", "--kind", "alert"), "have no kind"),
+        (lambda p: make_writer(p).root, ("--since", "yesterday"), "'yesterday' is no time"),
+    ],
+)
+def test_results_when_asked_for_the_impossible_then_the_error_says_what_to_give(tmp_path, make, arguments, message):
+    run = show(make(tmp_path), *arguments, expect=1)
+
+    assert isinstance(run.exception, SettingsError)
+    assert message in str(run.exception)
+
+
+def test_since_when_relative_or_absolute_then_it_is_a_time_with_a_zone():
+    now = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
+
+    assert parse_since(None, now) is None
+    assert parse_since("90s", now) == now - timedelta(seconds=90)
+    assert parse_since("1.5h", now) == now - timedelta(minutes=90)
+    assert parse_since("2026-01-31T12:00:00Z", now) == now
+    assert parse_since("2026-01-31", now) == now - timedelta(hours=12)
+    assert parse_since("2026-01-31T13:00+01:00", now) == now
