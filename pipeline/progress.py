@@ -48,16 +48,16 @@ class PlainProgress:
 
     def phase(self, text: str) -> None:
         """Show what is being done."""
-        self._console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {escape(text)}")
+        self._console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {escape(text)}", soft_wrap=True)
 
     def status(self, status: RunStatus) -> None:
         """Show new captions, and the counts when it is time."""
         if self._captions:
             for result in self._new.of(status):
-                self._console.print(caption_line(result))
+                self._console.print(caption_line(result), soft_wrap=True)
         if status.phase == "running" and time.monotonic() - self._shown_s >= STATUS_EVERY_S:
             self._shown_s = time.monotonic()
-            self._console.print(f"[dim]{time.strftime('%H:%M:%S')} {escape(counts_line(status))}[/]")
+            self._console.print(f"[dim]{time.strftime('%H:%M:%S')} {escape(counts_line(status))}[/]", soft_wrap=True)
 
 
 def caption_line(result: Result) -> str:

