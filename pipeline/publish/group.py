@@ -133,7 +133,7 @@ class _Stream:
         """Return the stream's row of the table."""
         report = self._publisher.report
         state = "failed" if self.error else "done" if self._is_done else ""
-        return self.name, _clock(self._position_ms), str(report.n_segments), f"{report.n_bytes / 1e6:.1f}", state
+        return self.name, _clock(self._position_ms), str(report.n_segments), f"{report.n_bytes / 1e6:.2f}", state
 
     def line(self) -> str:
         """Return the same as one line, with what was lost."""

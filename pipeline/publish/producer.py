@@ -67,11 +67,12 @@ class SegmentProducer:
 
         self.bootstrap, self.topic = bootstrap, topic
         options: dict[str, Any] = {"bootstrap_timeout_ms": CONNECT_TIMEOUT_MS, **(client or {})}
-        self.max_bytes = max_bytes
         try:
+            told_bytes = _topic_limit_bytes(bootstrap, topic, options) if max_bytes is None else None
+            self._limit_bytes = max_bytes or told_bytes or LARGEST_RECORD_BYTES
+            self._limit_name = f"--max-bytes {max_bytes}"
             if max_bytes is None:
-                self.max_bytes = _topic_limit_bytes(bootstrap, topic, options)
-            self._limit_bytes = self.max_bytes or LARGEST_RECORD_BYTES
+                self._limit_name = f"max.message.bytes={told_bytes}" if told_bytes else "what the broker takes"
             self._producer = KafkaProducer(
                 bootstrap_servers=bootstrap.split(","),
                 acks="all",
@@ -82,7 +83,10 @@ class SegmentProducer:
                 **options,
             )
         except (KafkaError, AssertionError, TypeError, ValueError, OSError) as error:
-            raise PublishError(f"cannot reach Kafka at {bootstrap}: {error or type(error).__name__}") from error
+            raise PublishError(
+                f"cannot reach Kafka at {bootstrap}: {error or type(error).__name__}. Is it running, and --bootstrap "
+                "right? To try things, `stormline broker` starts one"
+            ) from error
 
     @property
     def value_limit_bytes(self) -> int:
@@ -97,16 +101,15 @@ class SegmentProducer:
         """Queue one record."""
         return self._producer.send(self.topic, value=value, key=key, headers=headers)
 
-    def too_large(self, stream_id: str, first_ms: int, n_bytes: int) -> PublishError:
+    def too_large(self, stream_id: str, first_ms: int, n_bytes: int, *, is_whole: bool = True) -> PublishError:
         """Return the error for a segment over the limit: what it is, and what can be done."""
         need_bytes = 1 << (n_bytes + RECORD_OVERHEAD_BYTES).bit_length()
-        limit = f"--max-bytes {self.max_bytes}" if self.max_bytes else "the broker's limit (it did not tell it)"
         return PublishError(
-            f"stream {stream_id}: the segment at {first_ms / 1000:.3f} s has {n_bytes} bytes, over {limit} of topic "
-            f"{self.topic}. Either raise the topic's limit:\n"
+            f"stream {stream_id}: the segment at {first_ms / 1000:.3f} s has {'' if is_whole else 'more than '}"
+            f"{n_bytes} bytes, over {self._limit_name} of topic {self.topic}. Either raise the topic's limit:\n"
             f"  kafka-configs.sh --bootstrap-server {self.bootstrap} --alter --entity-type topics "
             f"--entity-name {self.topic} --add-config max.message.bytes={need_bytes}\n"
-            "or cut shorter with --segment-s (never shorter than the distance of the video's keyframes), "
+            "or cut shorter with --segment-s (never shorter than from keyframe to keyframe), "
             "or encode smaller with --transcode --bitrate 2M"
         )
 
@@ -136,9 +139,9 @@ class StreamSender:
         """Return the largest segment that fits a record."""
         return self._producer.value_limit_bytes
 
-    def too_large(self, first_ms: int, n_bytes: int) -> PublishError:
+    def too_large(self, first_ms: int, n_bytes: int, *, is_whole: bool = True) -> PublishError:
         """Return the error for a segment of this stream over the limit."""
-        return self._producer.too_large(self.stream_id, first_ms, n_bytes)
+        return self._producer.too_large(self.stream_id, first_ms, n_bytes, is_whole=is_whole)
 
     def send(self, segment: MediaSegment, header: SegmentHeader) -> None:
         """Send a segment; waits while too much is not yet acknowledged.

@@ -27,6 +27,7 @@ Method = Literal["auto", "copy", "transcode"]
 MS = Fraction(1, 1000)  # Matroska's time base
 CONTENT_TYPE = "video/x-matroska"
 UNCODED = ("rawvideo", "wrapped_avframe", "v210", "v410", "r210", "yuv4", "bitpacked")  # far too large to send
+MOST_PENDING_BYTES = 256 << 20  # of one group of pictures; more is a stream that has no keyframes
 # bitexact leaves out what differs from run to run; times must not be shifted where dts are below 0.
 MATROSKA_OPTIONS = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}
 
@@ -57,7 +58,7 @@ class MediaSegment:
 
 
 class GopTooLargeError(Exception):
-    """A group of pictures outgrew what a record may hold."""
+    """A group of pictures outgrew what may be held in memory."""
 
     def __init__(self, first_ms: int, n_bytes: int):
         super().__init__(f"group of pictures at {first_ms} ms has {n_bytes} bytes so far")
@@ -100,7 +101,7 @@ class Segmenter:
         method: `copy` never re-encodes and drops leading frames of open groups (counted in `n_dropped`),
             `transcode` always does, `auto` copies until something cannot be copied and transcodes from there.
         bitrate: Of transcoded video in bits a second; None for constant quality.
-        max_bytes: A group larger than this raises before it is complete, to bound memory.
+        max_pending_bytes: A group larger than this raises before it is complete, to bound memory.
         on_notice: Told in a sentence what a user should know, once each.
     """
 
@@ -110,13 +111,13 @@ class Segmenter:
         segment_ms: int = 2000,
         method: Method = "auto",
         bitrate: int | None = None,
-        max_bytes: int | None = None,
+        max_pending_bytes: int = MOST_PENDING_BYTES,
         on_notice: Callable[[str], None] | None = None,
     ):
         self._segment_ms = segment_ms
         self._method = method
         self._bitrate = bitrate
-        self._max_bytes = max_bytes
+        self._max_pending_bytes = max_pending_bytes
         self._notify = on_notice or (lambda text: None)
         self._grouper = SegmentGrouper(segment_ms)
         self._transcoder: Transcoder | None = None
@@ -142,12 +143,13 @@ class Segmenter:
         self._gops = GopReader(context.name, context.extradata, merge_unclean=self._method == "copy")
         self._previous: Gop | None = None
         if not self.transcoding:
-            template = None if context.name in UNCODED else template_of(stream)
-            if template is None and self._method == "copy":
-                raise PublishError(f"codec {context.name} cannot be copied into Matroska; use --transcode")
-            if template is None:
-                self._start_transcoding(f"its codec {context.name} is not copied")
-            self._template = template
+            self._template, reason = template_of(stream), uncopyable(stream)
+            if self._template is None:
+                reason = f"Matroska cannot hold codec {context.name} as it is here"
+            if reason is not None and self._method == "copy":
+                raise PublishError(f"{reason}, so it cannot be copied; use --transcode")
+            if reason is not None:
+                self._start_transcoding(reason)
         if self.transcoding:
             self._transcoder = self._new_transcoder()
 
@@ -156,7 +158,7 @@ class Segmenter:
 
         Raises:
             PublishError: If `copy` meets packets without times.
-            GopTooLargeError: If a group outgrows `max_bytes`.
+            GopTooLargeError: If a group outgrows `max_pending_bytes`.
         """
         if self._transcoder is not None:
             yield from self._group_encoded(self._transcoder.push(packet))
@@ -219,7 +221,7 @@ class Segmenter:
 
     def _cut_before_growing(self) -> Iterator[MediaSegment]:
         """Close the open segment as soon as the growing group cannot join it, before that one is complete."""
-        if self._max_bytes is not None and self._gops.pending_bytes > self._max_bytes:
+        if self._gops.pending_bytes > self._max_pending_bytes:
             raise GopTooLargeError(self._grouper.stop_ms, self._gops.pending_bytes)
         first_ms, pts = self._grouper.first_ms, self._gops.pending_pts
         if first_ms is None or pts is None or self._clock.origin_pts is None:
@@ -249,7 +251,13 @@ class Segmenter:
     def _new_transcoder(self) -> Transcoder:
         from .transcode import Transcoder
 
-        return Transcoder(self._stream, self._clock, keyframe_ms=self._segment_ms, bitrate=self._bitrate)
+        return Transcoder(
+            self._stream,
+            self._clock,
+            keyframe_ms=self._segment_ms,
+            bitrate=self._bitrate,
+            trust_pts=has_true_pts(self._stream),
+        )
 
     def _group_encoded(self, packets: Iterator[av.Packet]) -> Iterator[MediaSegment]:
         assert self._transcoder is not None
@@ -303,6 +311,22 @@ class SegmentGrouper:
         segment = self.close()
         if segment is not None:
             yield segment
+
+
+def uncopyable(stream: av.VideoStream) -> str | None:
+    """Say why nothing of a stream can be copied; None where it can."""
+    name = stream.codec_context.name
+    if name in UNCODED:
+        return f"its pictures are not compressed ({name})"
+    if not has_true_pts(stream):
+        return "its container, AVI, does not tell the order of B-frames"
+    return None
+
+
+def has_true_pts(stream: av.VideoStream) -> bool:
+    """Whether frames carry their own times: FFmpeg makes them up for H.264 and HEVC with B-frames in AVI."""
+    context = stream.codec_context
+    return stream.container.format.name != "avi" or context.name not in ("h264", "hevc") or not context.has_b_frames
 
 
 def template_of(stream: av.VideoStream) -> av.VideoStream | None:

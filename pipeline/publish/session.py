@@ -73,7 +73,6 @@ class PublishSession:
             segment_ms=round(options.segment_s * 1000),
             method=options.method,
             bitrate=options.bitrate,
-            max_bytes=sender.value_limit_bytes,
             on_notice=on_notice,
         )
         self._sender = sender
@@ -102,7 +101,7 @@ class PublishSession:
         except InputError as error:
             lost = error
         except GopTooLargeError as error:
-            raise self._sender.too_large(error.first_ms, error.n_bytes) from error
+            raise self._sender.too_large(error.first_ms, error.n_bytes, is_whole=False) from error
         finally:
             source.close()
         self._finish()

