@@ -1,0 +1,365 @@
+"""Answers to prompts about video, in batches, where an answer never depends on who shares its batch.
+
+Each prompt is prefilled alone, without padding, and the answers are then decoded together. Three things make a
+prompt's logits the same, bit for bit, whatever its companions and its place among them; all three were needed when
+measured on CPU in float32:
+
+1. The decoding batch always has `fixed_batch` rows, empty ones included: a matrix product may round differently for
+   another number of rows, but did not for another row of the same batch of eight.
+2. Caches are padded on the left to a multiple of 16 tokens: vectorised sums then group the same numbers together.
+3. Attention of the one new token is two plain products (`use_exact_decoding`): with several threads, torch's fused
+   CPU kernel rounds differently in different rows.
+
+That is a measurement (x86, torch 2.13, 1 to 4 threads), which the tests repeat, and no promise of every BLAS. On CUDA,
+and in half precision, rounding may depend on the batch, so a near tie may fall otherwise; `fixed_batch=1` then makes
+answers independent again, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .compress import VideoChunk
+from .processing import Prompt, StormProcessor
+from .storm import StormForConditionalGeneration
+
+FIXED_BATCH = 8  # on CPU eight rows cost a fifth more than one
+ALIGN_TOKENS = 16  # float32 numbers in the widest vector, AVX-512
+EXACT_ATTENTION = "stormline_exact"
+UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPrompt:
+    """A question about video, and how to answer it.
+
+    Raises:
+        ValueError: On a limit below 1 or a negative temperature.
+    """
+
+    text: str
+    chunks: tuple[VideoChunk, ...] = ()  # in time order
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0 takes the likeliest token
+    seed: int = 0  # of this prompt's own randomness
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    history: tuple[tuple[str, str], ...] = ()  # earlier turns, (role, text)
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 or more")
+        if not all(self.stop):
+            raise ValueError("stop has an empty text; expected texts of one character or more")
+
+
+@dataclass(frozen=True)
+class VideoAnswer:
+    """An answer, and what it took."""
+
+    text: str
+    prompt_tokens: int  # video tokens included
+    video_tokens: int
+    generated_tokens: int  # without the one that ends it
+    finish_reason: str  # stop: it ended, or met a stop text; length: it was cut off
+
+
+def use_exact_decoding(model: StormForConditionalGeneration) -> None:
+    """Make the language model's attention round alike for every row of a decoding batch; for CPU.
+
+    Prompts still go through torch's fused kernel. Language models with attention of their own making are left as
+    they are; for them use ``fixed_batch=1``.
+    """
+    if model.language_model.config._attn_implementation == "sdpa":
+        model.language_model.set_attn_implementation(EXACT_ATTENTION)
+
+
+def check_prompt(model: StormForConditionalGeneration, processor: StormProcessor, prompt: VideoPrompt) -> Prompt:
+    """Return the prompt as tokens.
+
+    Raises:
+        ValueError: If it does not fit the model: too long, or video tokens of another width.
+    """
+    built = processor.build_prompt(prompt.text, prompt.chunks, history=prompt.history)
+    n_most = _max_positions(model)
+    if built.n_tokens >= n_most:
+        raise ValueError(
+            f"the prompt has {built.n_tokens} tokens, {built.video_tokens.shape[0]} of them video; expected fewer than "
+            f"the model's {n_most}. Choose a smaller token budget or a shorter range"
+        )
+    if built.video_tokens.shape[0] and built.video_tokens.shape[1] != model.config.d_model:
+        raise ValueError(
+            f"video tokens are {built.video_tokens.shape[1]} wide; expected {model.config.d_model}. "
+            "Another model encoded them: ask about a range that this one encoded"
+        )
+    return built
+
+
+def generate_answers(
+    model: StormForConditionalGeneration,
+    processor: StormProcessor,
+    prompts: Sequence[VideoPrompt],
+    *,
+    fixed_batch: int = FIXED_BATCH,
+) -> list[VideoAnswer]:
+    """Answer prompts; each answer is the same whichever other prompts are there (see the file's top).
+
+    Args:
+        model: In evaluation mode; on CPU after `use_exact_decoding`, which `load_model` does.
+        processor: The model's.
+        prompts: Any number, of any lengths and limits.
+        fixed_batch: Rows that are decoded together.
+
+    Returns:
+        One answer per prompt, in order.
+
+    Raises:
+        ValueError: If a prompt does not fit the model, before any work; the message counts prompts from 0.
+    """
+    if fixed_batch < 1:
+        raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            rows.append(_Row(prompt, check_prompt(model, processor, prompt), model, processor))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from error
+    # Alike with alike: a group runs until its last row is done, and pads to its longest.
+    order = sorted(range(len(rows)), key=lambda i: (prompts[i].max_new_tokens, rows[i].built.n_tokens))
+    for start in range(0, len(order), fixed_batch):
+        group = [rows[i] for i in order[start : start + fixed_batch]]
+        for _ in _decode(model, group, fixed_batch):
+            pass
+    return [row.answer() for row in rows]
+
+
+def stream_answer(
+    model: StormForConditionalGeneration,
+    processor: StormProcessor,
+    prompt: VideoPrompt,
+    *,
+    fixed_batch: int = FIXED_BATCH,
+) -> Iterator[str | VideoAnswer]:
+    """Yield an answer's text as it grows, piece by piece, and at last the whole `VideoAnswer`.
+
+    The pieces together are the answer's text: what may yet become a stop text, or a cut character, is held back.
+
+    Raises:
+        ValueError: If the prompt does not fit the model.
+    """
+    row = _Row(prompt, check_prompt(model, processor, prompt), model, processor)
+    n_sent = 0
+    for _ in _decode(model, [row], fixed_batch):
+        text = row.settled_text()
+        if len(text) > n_sent:
+            yield text[n_sent:]
+            n_sent = len(text)
+    answer = row.answer()
+    if len(answer.text) > n_sent:
+        yield answer.text[n_sent:]
+    yield answer
+
+
+class _Row:
+    """One answer in the making."""
+
+    def __init__(
+        self, prompt: VideoPrompt, built: Prompt, model: StormForConditionalGeneration, processor: StormProcessor
+    ):
+        self.prompt, self.built = prompt, built
+        self.ids: list[int] = []
+        self.finish_reason = ""
+        self._processor = processor
+        self._end_ids = _end_ids(model, processor)
+        self._limit = min(prompt.max_new_tokens, _max_positions(model) - built.n_tokens)
+        self._random = torch.Generator().manual_seed(prompt.seed)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.finish_reason)
+
+    def choose(self, logits: Tensor) -> int:
+        """Return the next token from logits (vocab,)."""
+        if self.prompt.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.double().cpu() / self.prompt.temperature
+        threshold = torch.rand((), generator=self._random, dtype=torch.float64)
+        # Each row inverts its own distribution with its own number, so that companions draw nothing from it.
+        return min(int((scaled.softmax(0).cumsum(0) < threshold).sum()), len(scaled) - 1)
+
+    def accept(self, token: int) -> None:
+        """Add a token, and see whether the answer ends."""
+        if token in self._end_ids:
+            self.finish_reason = "stop"
+            return
+        self.ids.append(token)
+        if self.prompt.stop and self._stop_at(self._processor.decode(self.ids)) is not None:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self._limit:
+            self.finish_reason = "length"
+
+    def settled_text(self) -> str:
+        """Return the text so far that no later token can change."""
+        text = self._text()
+        if self.done:
+            return text
+        n_held = max((_overlap(text, stop) for stop in self.prompt.stop), default=0)
+        return text[: len(text) - n_held].rstrip(UNFINISHED)
+
+    def answer(self) -> VideoAnswer:
+        return VideoAnswer(
+            text=self._text(),
+            prompt_tokens=self.built.n_tokens,
+            video_tokens=self.built.video_tokens.shape[0],
+            generated_tokens=len(self.ids),
+            finish_reason=self.finish_reason,
+        )
+
+    def _text(self) -> str:
+        text = self._processor.decode(self.ids)
+        return text[: self._stop_at(text)]
+
+    def _stop_at(self, text: str) -> int | None:
+        places = [place for stop in self.prompt.stop if (place := text.find(stop)) >= 0]
+        return min(places, default=None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the text's end may be the start of a stop text."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+@torch.inference_mode()
+def _decode(model: StormForConditionalGeneration, rows: Sequence[_Row], n_rows: int) -> Iterator[None]:
+    """Run a group of up to `n_rows` answers to their ends; yields after every token."""
+    caches = []
+    for row in rows:
+        logits, cache = _prefill(model, row.built)
+        caches.append(cache)
+        row.accept(row.choose(logits))
+    yield
+    lengths = [row.built.n_tokens for row in rows]
+    if n_rows == 1:
+        joined, n_cached = caches[0], lengths[0]
+    else:
+        joined, n_cached = _join_caches(caches, n_rows)
+    caches.clear()
+    lengths += [0] * (n_rows - len(rows))
+    device = model.device
+    start = n_cached - torch.tensor(lengths, device=device)[:, None]
+    for step in range(max(row.prompt.max_new_tokens for row in rows)):
+        if all(row.done for row in rows):
+            return
+        last = [row.ids[-1] if row.ids else 0 for row in rows] + [0] * (n_rows - len(rows))
+        out = model.language_model(
+            input_ids=torch.tensor(last, device=device)[:, None],
+            attention_mask=(torch.arange(n_cached + step + 1, device=device) >= start).long(),
+            position_ids=torch.tensor([n + step for n in lengths], device=device)[:, None],
+            past_key_values=joined,
+            use_cache=True,
+        )
+        logits = _only_text(model, out.logits[:, -1])
+        likeliest = logits.argmax(-1).tolist()
+        for i, row in enumerate(rows):
+            if not row.done:
+                row.accept(likeliest[i] if row.prompt.temperature == 0 else row.choose(logits[i]))
+        yield
+
+
+def _prefill(model: StormForConditionalGeneration, built: Prompt) -> tuple[Tensor, Any]:
+    """Return the first token's logits (vocab,) and the cache of the prompt, by itself."""
+    video = built.video_tokens.to(model.device, model.dtype) if built.video_tokens.shape[0] else None
+    out = model(input_ids=built.input_ids[None].to(model.device), video_tokens=video, use_cache=True, logits_to_keep=1)
+    return _only_text(model, out.logits[:, -1])[0], out.past_key_values
+
+
+def _only_text(model: StormForConditionalGeneration, logits: Tensor) -> Tensor:
+    """Forbid the video placeholder, which no answer can mean."""
+    logits[:, model.config.video_token_id] = -torch.inf
+    return logits
+
+
+def _join_caches(caches: Sequence[DynamicCache], n_rows: int) -> tuple[DynamicCache, int]:
+    """Join caches of one row each, padded on the left to one aligned length; rows without a cache are zeros."""
+    layers = [[layer for layer in cache.layers if type(layer) is DynamicLayer] for cache in caches]
+    if any(len(plain) < len(cache.layers) for plain, cache in zip(layers, caches, strict=True)):
+        raise ValueError(
+            "this language model keeps other caches than plain attention's (sliding window, recurrent); expected "
+            "fixed_batch=1 for it, which answers one prompt after the other"
+        )
+    longest = max(cache.get_seq_length() for cache in caches)
+    n_cached = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
+    joined = DynamicCache()
+    for i, same in enumerate(zip(*layers, strict=True)):
+        keys = _pad_rows([layer.keys for layer in same], n_rows, n_cached)
+        values = _pad_rows([layer.values for layer in same], n_rows, n_cached)
+        joined.update(keys, values, i)
+    return joined, n_cached
+
+
+def _pad_rows(parts: Sequence[Any], n_rows: int, n_cached: int) -> Tensor:
+    """Stack (1, heads, n, d) of different n as (n_rows, heads, n_cached, d), each at the right end."""
+    _, n_heads, _, d = parts[0].shape
+    padded = parts[0].new_zeros(n_rows, n_heads, n_cached, d)
+    for i, part in enumerate(parts):
+        padded[i, :, n_cached - part.shape[2] :] = part[0]
+    return padded
+
+
+def _max_positions(model: StormForConditionalGeneration) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def _end_ids(model: StormForConditionalGeneration, processor: StormProcessor) -> set[int]:
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    return {processor.eos_token_id, *named}
+
+
+def _exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as sdpa does, but for one new token with plain products, whose rounding is the same in every row.
+
+    Args:
+        module: The attention layer.
+        query: (B, n_heads, n, d).
+        key: (B, n_kv_heads, n_keys, d).
+        value: As key.
+        attention_mask: (B, 1, n, n_keys) bool, True where to look; or None.
+        scaling: None for 1 / sqrt(d).
+        **kwargs: Only for more than one new token.
+
+    Returns:
+        (B, n, n_heads, d), and no weights.
+    """
+    if query.shape[2] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    b, n_heads, _, d = query.shape
+    grouped = query.reshape(b, key.shape[1], n_heads // key.shape[1], d)
+    scores = grouped @ key.transpose(-1, -2) * (d**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask[:, :, :, : key.shape[2]], -torch.inf)
+    out = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.reshape(b, 1, n_heads, d), None
+
+
+AttentionInterface.register(EXACT_ATTENTION, _exact_attention)
+AttentionMaskInterface.register(EXACT_ATTENTION, sdpa_mask)

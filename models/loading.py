@@ -1,0 +1,197 @@
+"""Get a model by name: a checkpoint folder, a hub id, or the small one built in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, SiglipVisionConfig
+
+from .generation import use_exact_decoding
+from .processing import StormProcessor
+from .storm import StormForConditionalGeneration
+from .storm_config import StormConfig
+from .temporal import TemporalBlock, TemporalConfig
+from .tokenizer import BOS, END, PAD, VIDEO, build_tokenizer, sample_corpus
+
+DEFAULT_FOLDER = Path(__file__).parent / "checkpoints" / "shapes-tiny"
+WHOLE_BYTES = 1 << 22  # a tensor up to 4 MiB goes into the fingerprint whole
+SAMPLE_BYTES, N_SAMPLES = 1 << 12, 256  # of a larger one: 256 evenly spaced pieces of 4 KiB, so that 7B takes seconds
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that is ready to use."""
+
+    model: StormForConditionalGeneration
+    processor: StormProcessor
+    name: str  # for people and for the `model` column of a table
+    trained: bool  # False: its answers mean nothing
+    fingerprint: str  # of configuration and weights: states and tokens of one model are none of another's
+
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.model.parameters())
+        return f"LoadedModel({self.name!r}, {n:,} parameters, trained={self.trained}, fingerprint={self.fingerprint})"
+
+
+def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a model and its processor, in evaluation mode.
+
+    Args:
+        path: A folder that `save_model` wrote, a hub id (``owner/name``; downloaded by transformers), or None for the
+            small model built in: ``checkpoints/shapes-tiny`` where it is there, else an untrained one.
+        device: ``auto`` (CUDA where there is one, else CPU) or a torch device.
+        dtype: ``auto`` (float32 on CPU, the checkpoint's own elsewhere) or ``float32``, ``bfloat16``, ``float16``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and the name is no hub id.
+        ValueError: On an unknown dtype, a device that is not there, or a checkpoint whose sizes do not fit.
+    """
+    place = _choose_device(device)
+    kind = _choose_dtype(dtype, place)
+    if path is None and not (DEFAULT_FOLDER / "config.json").is_file():
+        model, processor = build_untrained_tiny()
+        name = "untrained-tiny"
+        if isinstance(kind, torch.dtype):
+            nn.Module.to(model, dtype=kind)
+    else:
+        source, name = _resolve(DEFAULT_FOLDER if path is None else path)
+        model = StormForConditionalGeneration.from_pretrained(source, dtype=kind)
+        processor = StormProcessor.from_pretrained(source)
+    _check_pair(model.config, processor)
+    fingerprint = fingerprint_model(model)
+    nn.Module.to(model, device=place)
+    model.eval()
+    if place.type == "cpu":
+        use_exact_decoding(model)
+    return LoadedModel(model, processor, name, model.config.trained, fingerprint)
+
+
+def save_model(folder: str | Path, model: StormForConditionalGeneration, processor: StormProcessor) -> None:
+    """Write a folder that `load_model` reads: weights as safetensors, configuration, tokenizer, processor."""
+    _check_pair(model.config, processor)
+    model.save_pretrained(str(folder))
+    processor.save_pretrained(folder)
+
+
+def build_untrained_tiny(seed: int = 0) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    """Build the small model with random weights: 64×64 pixels, 16 tokens for 4 frames, 2.6 million parameters.
+
+    The same seed gives the same weights. Its captions mean nothing, but everything happens as in a trained one. A
+    fresh temporal encoder would change nothing; here its last projections are random too, so that tokens depend on
+    the frames before.
+
+    Returns:
+        The model in float32 on CPU in evaluation mode, and its processor.
+    """
+    tokenizer = build_tokenizer(sample_corpus())
+    ids = tokenizer.get_vocab()
+    config = StormConfig(
+        vision_config=SiglipVisionConfig(
+            image_size=64,
+            patch_size=8,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vision_use_head=False,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            initializer_range=0.1,  # random layers that do something: at the usual 0.02 an answer ignores its prompt
+            pad_token_id=ids[PAD],
+            bos_token_id=ids[BOS],
+            eos_token_id=ids[END],
+        ),
+        temporal=TemporalConfig(d_model=192, d_temporal=128).to_dict(),
+        image_size=64,
+        video_token_id=ids[VIDEO],
+        trained=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = StormForConditionalGeneration(config)
+        for block in model.modules():
+            if isinstance(block, TemporalBlock) and block.proj_out is not None:
+                nn.init.normal_(block.proj_out.weight, std=0.1)
+    processor = StormProcessor(
+        tokenizer, image_size=config.image_size, image_mean=config.image_mean, image_std=config.image_std
+    )
+    return model.eval(), processor
+
+
+def fingerprint_model(model: StormForConditionalGeneration) -> str:
+    """Return 16 hex digits that change with the configuration, the dtype or the weights.
+
+    Tensors above 4 MiB are sampled: enough to tell two trainings apart, not to tell that somebody tampered.
+    """
+    values = model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
+        values.pop(name, None)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        _hash_tensor(digest, tensor)
+    return digest.hexdigest()[:16]
+
+
+def _hash_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    if data.nbytes <= WHOLE_BYTES:
+        digest.update(data)
+        return
+    step = (data.nbytes - SAMPLE_BYTES) // (N_SAMPLES - 1)
+    for i in range(N_SAMPLES):
+        digest.update(data[i * step : i * step + SAMPLE_BYTES])
+
+
+def _resolve(path: str | Path) -> tuple[str, str]:
+    """Return where to load from, and the model's name."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json; expected a model folder that save_model wrote")
+        return str(folder), folder.resolve().name
+    parts = str(path).split("/")
+    if len(parts) == 2 and all(parts) and not str(path).startswith((".", "~")):
+        return str(path), str(path)
+    raise FileNotFoundError(f"model {str(path)!r} is no folder here; expected one, or a hub id like owner/name")
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch sees no CUDA device; expected 'cpu' or 'auto' here")
+    return chosen
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}; expected 'auto' or one of {tuple(known)}")
+    return known[dtype]
+
+
+def _check_pair(config: StormConfig, processor: StormProcessor) -> None:
+    """Refuse a processor that prepares frames or prompts for another model."""
+    got = (processor.video_token_id, processor.image_size, processor.image_mean, processor.image_std)
+    expected = (config.video_token_id, config.image_size, tuple(config.image_mean), tuple(config.image_std))
+    if got != expected:
+        raise ValueError(
+            f"the processor has (video token, image size, mean, std) = {got}; expected the model's {expected}. "
+            "The folder mixes files of two models"
+        )
