@@ -142,8 +142,11 @@ class EmbeddedBroker:
         """Return the end of what the broker printed."""
         return _tail(self._log)
 
-    def stop(self, timeout_s: float = 5.0) -> None:
-        """End the process: ask, wait, then kill. Everything in it is gone. A second call does nothing."""
+    def stop(self, timeout_s: float = 1.0) -> None:
+        """End the process: ask, wait, then kill. Everything in it is gone. A second call does nothing.
+
+        It would wait for clients that are still connected; there is nothing to lose by not letting it.
+        """
         if self._log.closed:
             return
         _end(self._process, timeout_s)

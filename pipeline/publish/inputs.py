@@ -25,7 +25,8 @@ VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv"}
     | {".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
 )
-FINITE_SCHEMES = ("http", "https", "rtsp", "rtsps")  # what gives a duration here is a file, not a live stream
+FINITE_SCHEMES = ("http", "https", "rtsp", "rtsps")  # these may also give files, not only live streams
+PLAYLIST_FORMATS = ("hls", "dash")
 TIMEOUT_S = 10.0  # for connecting, and for a live stream that falls silent
 SHAPES_KEYFRAME_MS = 1000
 
@@ -168,8 +169,12 @@ class MediaInput:
     def _decide_live(self) -> bool:
         if self.spec.kind != "url":
             return self.spec.kind in ("device", "stdin")
+        if urlsplit(self.spec.source).scheme.lower() not in FINITE_SCHEMES:
+            return True
         has_duration = (self._container.duration or 0) > 0
-        return not (has_duration and urlsplit(self.spec.source).scheme.lower() in FINITE_SCHEMES)
+        # A size is a file's, unless it is that of a playlist: a live one has a size, too, but no duration.
+        is_file = self._container.size > 0 and self._container.format.name not in PLAYLIST_FORMATS
+        return not (has_duration or is_file)
 
     def close(self) -> None:
         """Close it; a second call does nothing."""
