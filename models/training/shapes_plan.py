@@ -9,6 +9,7 @@ hides another, none leaves by accident, and what one object does is at least `MI
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ T = TypeVar("T")
 SEPARATION_S = 0.6  # wished between events of different objects: more than one frame at 2 fps, so that order shows
 CLEARANCE = 0.02  # kept free between two objects
 CORNER = 1.13  # a square's corner reaches this much further than its radius
-_N_DRAFTS = 10  # lives tried for an object before it is given up
+_N_DRAFTS = 16  # lives tried for an object before it is given up
 _N_STARTS = 64  # places tried for each of them
 _GRID_S = 0.1  # spacing of the times at which objects are kept apart
 
@@ -111,21 +112,29 @@ def _place(
     others = SHAPES if spec.needles_per_min == 0 else tuple(s for s in SHAPES if s != NEEDLE_SHAPE)
     look = Look(dice.choice(SIZES), colours.pop(), NEEDLE_SHAPE if needle else dice.choice(others))
     taken_s = [e.t_s for other in placed for e in other.events]
+    # Chosen before it is known what fits, so that what fits most easily is not seen more often.
+    still = needle or dice.unit() < spec.still_share
+    direction = STILL if still else dice.choice(tuple(DIRECTIONS))
     for attempt in range(_N_DRAFTS):
-        life = _Life(dice, spec, index * spec.episode_s, look, colours, needle)
+        life = _Life(dice, spec, index * spec.episode_s, look, direction, colours, taken_s, needle=needle)
         crowded = any(abs(t - e[0]) < SEPARATION_S for t in taken_s for e in life.happenings)
-        if crowded and attempt < _N_DRAFTS - 2:
+        if crowded and attempt < _N_DRAFTS - 4:
             continue
-        start = _find_start(life, placed, dice)
-        if start is not None:
-            plan = life.plan_at(start, index * 16 + len(placed))
+        plans = (life.plan_at(start, index * 16 + len(placed)) for start in _free_starts(life, placed, dice))
+        plan = next((plan for plan in plans if _is_unhurried(plan)), None)
+        if plan is not None:
             colours[:] = [c for c in colours if all(c != e.after for e in plan.events)]
             placed.append(plan)
             return
 
 
-def _find_start(life: _Life, placed: list[ObjectPlan], dice: Dice) -> tuple[float, float] | None:
-    """Return a start at which a drafted life keeps clear of all placed objects, or None."""
+def _is_unhurried(plan: ObjectPlan) -> bool:
+    """Whether all that it does is far enough apart to be seen; only bouncing may make it otherwise."""
+    return all(b.t_s - a.t_s > MIN_PHASE_S - 0.01 for a, b in itertools.pairwise(plan.events))
+
+
+def _free_starts(life: _Life, placed: list[ObjectPlan], dice: Dice) -> list[tuple[float, float]]:
+    """Return a few starts at which a drafted life keeps clear of all placed objects; often none."""
     (x_low, x_high), (y_low, y_high) = life.start_range()
     xs = x_low + (x_high - x_low) * dice.units(_N_STARTS)
     ys = y_low + (y_high - y_low) * dice.units(_N_STARTS)
@@ -141,27 +150,35 @@ def _find_start(life: _Life, placed: list[ObjectPlan], dice: Dice) -> tuple[floa
         other_x, other_y = other.position(times)
         reach = CORNER * (np.interp(times, radii[:, 0], radii[:, 1]) + other.radius(times)) + CLEARANCE
         free &= ((x - other_x) ** 2 + (y - other_y) ** 2 > reach**2).all(axis=1)  # (_N_STARTS,)
-    if not free.any():
-        return None
-    first = int(free.argmax())
-    return float(xs[first]), float(ys[first])
+    return [(float(xs[i]), float(ys[i])) for i in np.flatnonzero(free)[:8]]
 
 
 class _Life:
     """A drafted life: times, directions and changes, in coordinates relative to a start that is yet to be found."""
 
-    def __init__(self, dice: Dice, spec: ShapesSpec, origin_s: float, look: Look, spare: list[str], needle: bool):
-        self.dice, self.look, self.needle = dice, look, needle
+    def __init__(
+        self,
+        dice: Dice,
+        spec: ShapesSpec,
+        origin_s: float,
+        look: Look,
+        direction: str,
+        spare_colours: Sequence[str],
+        taken_s: Sequence[float],
+        *,
+        needle: bool,
+    ):
+        self.dice, self.look, self.needle, self.taken_s = dice, look, needle, taken_s
         self.edges: Edges = "stay" if needle else spec.edges
-        self.spare_colour = spare[-1] if spare else None
+        self.spare_colour = spare_colours[-1] if spare_colours else None
         self.wishes = [] if needle else self._wishes(dice.integer(*spec.n_changes))
         self.radius = RADIUS[look.size]
         self.radius_max = RADIUS["large"] if "size" in self.wishes else self.radius
         self.speed = dice.choice(tuple(SPEEDS))
         self.per_s = dice.between(*SPEEDS[self.speed])
-        begin, end = self._span(spec.episode_s)
-        self.t_s, self.end_s = round(origin_s + begin, 3), round(origin_s + end, 3)
-        self.direction = STILL if needle or dice.unit() < spec.still_share else dice.choice(tuple(DIRECTIONS))
+        self.t_s, self.end_s = self._span(origin_s, spec.episode_s)
+        self.direction = direction
+        self.may_stop = spec.n_changes[1] > 0
         self.at, self.low, self.high = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         self.exit_axis: int | None = None
         self.path = [(self.t_s, 0.0, 0.0)]
@@ -175,15 +192,28 @@ class _Life:
         options = ["motion", "motion", "size"] + (["colour"] if self.spare_colour else [])
         return self.dice.shuffled(options)[:n]
 
-    def _span(self, episode_s: float) -> tuple[float, float]:
-        """Return when, within the episode, it appears and has left at the latest."""
+    def _span(self, origin_s: float, episode_s: float) -> tuple[float, float]:
+        """Return when it appears, and when it has left at the latest, with 0.3 s between it and other episodes."""
+        first_s, last_s = origin_s + 0.3, origin_s + episode_s - 0.3
         if self.needle:
-            length = self.dice.between(2.5, 4.0)
-            begin = self.dice.between(0.3, episode_s - 0.3 - length)
-            return begin, begin + length
-        slack = max(0.0, episode_s - 0.6 - MIN_PHASE_S * (len(self.wishes) + 2))
-        begin = 0.3 + self.dice.unit() * 0.4 * slack
-        return begin, episode_s - 0.3 - self.dice.unit() * 0.3 * slack
+            begin_s = self._moment(first_s, last_s - 4.0)
+            return begin_s, self._moment(begin_s + 2.5, begin_s + 4.0)
+        slack_s = max(0.0, last_s - first_s - MIN_PHASE_S * (len(self.wishes) + 2))
+        late_s = 0.25 * slack_s + 0.5 * MIN_PHASE_S
+        return self._moment(first_s, first_s + late_s), self._moment(last_s - late_s, last_s)
+
+    def _moment(self, low_s: float, high_s: float) -> float:
+        """Return a time between two, if a few tries find one then one at which nothing else happens."""
+        t_s = low_s
+        for _ in range(6):
+            t_s = round(self.dice.between(low_s, high_s), 3)
+            if all(abs(t_s - other_s) >= SEPARATION_S for other_s in self.taken_s):
+                break
+        return t_s
+
+    def _length_s(self, low_s: float, high_s: float) -> float:
+        """Return how long a phase lasts, so that it ends at such a moment."""
+        return self._moment(self.t_s + low_s, self.t_s + max(low_s, high_s)) - self.t_s
 
     def _room(self, direction: str, axis: int) -> float:
         """Return how far it can go along one axis before its path no longer fits into the frame."""
@@ -210,13 +240,13 @@ class _Life:
         wish = self.wishes.pop(0)
         if slack_s < 0:  # the episode is too short for all that was wished
             return False
-        length_s = MIN_PHASE_S + slack_s * self.dice.unit() / (len(self.wishes) + 1)
+        longest_s = MIN_PHASE_S + slack_s / (len(self.wishes) + 1)
         if self.direction != STILL:
             room_s = self._room_s(self.direction) - (0.0 if wish == "motion" else MIN_PHASE_S)
             if room_s < MIN_PHASE_S:  # it would reach the wall before it could do that and be seen to go on
                 return False
-            length_s = min(length_s, max(MIN_PHASE_S, room_s * self.dice.between(0.8, 1.0)))
-        self._advance(length_s)
+            longest_s = min(longest_s, room_s)
+        self._advance(self._length_s(MIN_PHASE_S, longest_s))
         self._grant(wish)
         return False
 
@@ -225,26 +255,33 @@ class _Life:
         if self.direction == STILL:
             self._advance(left_s)
             return True
-        if self.edges == "leave" and self._leave_frame(left_s):
+        if self.edges == "leave" and self.dice.unit() < 0.7 and self._leave_frame(left_s):
             return True
-        self._advance(min(left_s, self._room_s(self.direction)))
+        room_s = self._room_s(self.direction)
+        if self.may_stop and left_s - room_s > MIN_PHASE_S:  # rather than vanish early, in the middle of its way
+            self._advance(self._length_s(max(MIN_PHASE_S, 0.6 * room_s), room_s))
+            self._stop()
+            return False
+        self._advance(min(left_s, room_s))
         return True
 
     def _leave_frame(self, left_s: float) -> bool:
         """Go out through the edge ahead, if there is time to be seen going. Return whether it did."""
         axes = [axis for axis, part in enumerate(DIRECTIONS[self.direction]) if part]
         axis = self.dice.choice(axes)
-        per_s = abs(DIRECTIONS[self.direction][axis]) * self.per_s
+        towards = DIRECTIONS[self.direction][axis]
+        per_s = abs(towards) * self.per_s
         across = self.radius_max + WALL + self.radius  # from touching the wall to having left
         longest_s = (self._room(self.direction, axis) + across) / per_s
         for other in axes:
             if other != axis:
                 longest_s = min(longest_s, self._room(self.direction, other) / per_s)
-        shortest_s = max(MIN_PHASE_S, (across + 0.1) / per_s)
+        been = self.high[axis] - self.at[axis] if towards > 0 else self.at[axis] - self.low[axis]
+        shortest_s = max(MIN_PHASE_S, (been + across) / per_s, (across + 0.1) / per_s)  # past where it has been
         if min(left_s, longest_s) < shortest_s:
             return False
         self.exit_axis = axis
-        self._advance(self.dice.between(shortest_s, min(left_s, longest_s)))
+        self._advance(self._length_s(shortest_s, min(left_s, longest_s)))
         return True
 
     def _advance(self, length_s: float) -> None:
@@ -269,14 +306,18 @@ class _Life:
             self.radii += [(self.t_s, self.radius), (self.t_s + RESIZE_S, RADIUS[after])]
             self.radius = RADIUS[after]
             self.happenings.append((self.t_s, "grows" if after == "large" else "shrinks", self.look.size, after))
+        elif self.direction != STILL and self.dice.unit() < 0.5:
+            self._stop()
         else:
             before, self.direction = self.direction, self._new_direction()
-            kind = "starts moving" if before == STILL else "stops" if self.direction == STILL else "turns"
+            kind = "starts moving" if before == STILL else "turns"
             self.happenings.append((self.t_s, kind, before, self.direction))
 
+    def _stop(self) -> None:
+        self.happenings.append((self.t_s, "stops", self.direction, STILL))
+        self.direction = STILL
+
     def _new_direction(self) -> str:
-        if self.direction != STILL and self.dice.unit() < 0.5:
-            return STILL
         there = DIRECTIONS.get(self.direction, (0.0, 0.0))
         sharp = [d for d, (x, y) in DIRECTIONS.items() if x * there[0] + y * there[1] < 0.1]  # 90 degrees or more
         return self.dice.choice([d for d in sharp if self._room_s(d) >= MIN_PHASE_S])  # never none: it can go back
@@ -335,7 +376,9 @@ def _with_bounces(happenings: Sequence[Happening], plan: ObjectPlan) -> list[Hap
         for axis, (a, b) in enumerate(zip(here, there, strict=True)):
             k0, k1 = (a - low) / width, (b - low) / width
             for wall in range(math.floor(min(k0, k1)) + 1, math.ceil(max(k0, k1))):
-                bounces.append((round(t0 + (t1 - t0) * (wall - k0) / (k1 - k0), 3), axis))
+                t_s = round(t0 + (t1 - t0) * (wall - k0) / (k1 - k0), 3)
+                if plan.appears_s < t_s < plan.leaves_s:
+                    bounces.append((t_s, axis))
     told: list[Happening] = []
     flip, direction = [1.0, 1.0], STILL
     for item in sorted([*bounces, *happenings], key=lambda item: item[0]):

@@ -68,7 +68,8 @@ class ShapesSpec:
         seed: In [0, 2**63).
         size_px: Height and width of a rendered frame.
         n_objects: Objects of an episode, [least, most], at most 4; one that finds no free place is left out.
-        n_changes: Things that an object does between appearing and leaving, [least, most], as far as they fit.
+        n_changes: Things that an object does between appearing and leaving, [least, most], as far as they fit;
+            where most is not 0, one may also stop before a wall.
         episode_s: Length of an episode. Objects live inside one; short ones give more events a minute.
         background: Kind of background, or "mixed" for one kind per scene.
         scene_episodes: Episodes between two changes of the background; 0 keeps one for ever.
