@@ -86,7 +86,7 @@ def frames_of(media: str | bytes) -> list[tuple[int, np.ndarray]]:
 
 
 def worst_error(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Return the largest mean difference of two frames: under 4 is coding noise here, a broken frame has over 8."""
+    """Return the largest mean difference of two frames: under 4 is coding noise here."""
     return max(float(np.abs(a.astype(int) - b).mean()) for a, b in zip(got, expected, strict=True))
 
 
