@@ -27,10 +27,11 @@ test:  ## unit tests, then integration tests; each prints its closing line and t
 	$(MAKE) --no-print-directory test-integration || status=1; \
 	exit $$status
 
-# Two workers: most of a unit run is importing torch and Ray once a process, so more of them lose.
+# Two workers: each imports torch and Ray anew, so that more of them lose. One thread each: the tensors are tiny, and
+# threads that wait for each other on two cores made some tests twenty times slower.
 test-unit: venv  ## fast tests: no Ray, no sockets
 	@echo "== unit tests"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit -q -n 2 --dist loadfile
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -q -n 2 --dist loadfile
 
 # One process: the tests share one broker and one Ray cluster.
 test-integration: venv  ## tests with a real broker and a local Ray
