@@ -18,6 +18,7 @@ Plane = np.ndarray
 
 _BACKGROUND_SALT = 1  # keeps a scene's choices apart from those of the episode with the same number
 _DARK, _BRIGHT = 28.0, 92.0  # of 255: backgrounds are darker and greyer than every colour of an object
+_CONTRAST = 24.0  # between the two shades of a pattern, at least
 _TINT = 12.0  # how far a background's red, green and blue lie apart
 
 
@@ -112,13 +113,15 @@ def draw_background(spec: ShapesSpec, scene: int, size_px: int) -> np.ndarray:
     kind = dice.choice(("plain", "gradient", "texture", "checker"))
     if spec.background != "mixed":
         kind = spec.background
-    ends = [_shade(dice), _shade(dice)]
+    darker = dice.between(_DARK, _BRIGHT - _CONTRAST)
+    ends = [_shade(dice, darker), _shade(dice, dice.between(darker + _CONTRAST, _BRIGHT))]
     weight = _PATTERNS[kind](dice, size_px)[..., None]  # (S, S, 1) in [0, 1]
     return np.rint(ends[0] + (ends[1] - ends[0]) * weight).astype(np.uint8)
 
 
-def _shade(dice: Dice) -> np.ndarray:
-    return np.clip(dice.between(_DARK, _BRIGHT) + (dice.units(3) - 0.5) * _TINT, 0.0, 255.0)
+def _shade(dice: Dice, brightness: float) -> np.ndarray:
+    """Return a grey with a tint: (3,) float64."""
+    return brightness + (dice.units(3) - 0.5) * _TINT
 
 
 def _coordinates(size_px: int) -> tuple[np.ndarray, np.ndarray]:
