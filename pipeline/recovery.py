@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,11 +232,18 @@ class _Record:
                 if epoch > self.committed(lane):
                     raise self._stuck(lane, epoch, f"and lane {manifest.lane} went on from it")
         for partition, manifest in winners.items():
-            newest = self.committed(manifest.lane)
-            between = [e for e in self.damaged[manifest.lane] if manifest.epoch < e < newest]
-            if between:
+            for lane, epoch in self._hidden_after(manifest):
                 where = f"and {partition.topic}[{partition.partition}] may have its last state there"
-                raise self._stuck(manifest.lane, max(between), where)
+                raise self._stuck(lane, epoch, where)
+
+    def _hidden_after(self, manifest: Manifest) -> Iterator[tuple[int, int]]:
+        """Yield damaged epochs that count and came after `manifest`, and so may hold what came next."""
+        for lane, epochs in self.damaged.items():
+            if not epochs:
+                continue
+            newest = self.whole[lane][0]  # there is one, or we are stuck already
+            if lane == manifest.lane or newest.built_on.get(manifest.lane, 0) >= manifest.epoch:
+                yield from ((lane, epoch) for epoch in epochs if manifest.epoch < epoch < newest.epoch)
 
     def _stuck(self, lane: int, epoch: int, why: str) -> CheckpointError:
         path = epoch_folder(self.root, lane, epoch) / MANIFEST_NAME

@@ -14,6 +14,7 @@ from ..models.generation import VideoAnswer, VideoPrompt
 from ..operators.errors import ServiceError
 from ..operators.rows import Chunk
 from .settings import Settings
+from .video_llm import ModelDescription
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ LLM_APP = "stormline-llm"
 STORE_APP = "stormline-store"
 APPS = (LLM_APP, STORE_APP)
 ATTEMPTS = 4  # of one answer; a replica that died is back within the waits between them
+DESCRIBE_TIMEOUT_S = 30.0
 RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
 
 
@@ -64,6 +66,11 @@ def _deploy(settings: Settings) -> None:
             serve.RunTarget(store, name=STORE_APP, route_prefix=None),
         ]
     )
+
+
+def describe_model() -> ModelDescription:
+    """Return what the running LLM deployment holds."""
+    return serve.get_deployment_handle("VideoLLM", LLM_APP).describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
 
 
 class LlmClient:

@@ -18,6 +18,7 @@ from .stop_signals import keep_signal_handlers
 
 if TYPE_CHECKING:
     from .lane import LanePlan, LaneStatus
+    from .video_llm import ModelDescription
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +144,14 @@ class Supervisor:
         from .kafka_source import check_offsets_exist, list_partitions
         from .lane import LanePlan
         from .recovery import recover
+        from .serving import describe_model
 
         settings = self._settings
         partitions = list_partitions(settings.kafka)
         count = min(settings.lanes.count, len(partitions))
         if count < settings.lanes.count:
             self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
-        model = self._model = describe_model(settings)
+        model = self._model = describe_model()
         identity = run_identity(settings, model)
         recovery = recover(settings.output.path, lanes=count, identity=identity)
         for warning in recovery.warnings:
@@ -309,41 +311,6 @@ class Supervisor:
             model_trained=self._model.trained if self._model else False,
             newest=tuple(r for s in now for r in s.newest),
         )
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What the driver must know of the model without holding it."""
-
-    name: str
-    fingerprint: str
-    trained: bool
-    frame_hw: tuple[int, int]
-    chunk_frames: int
-
-
-def describe_model(settings: Settings) -> ModelDescription:
-    """Load the model in a task of its own and tell what it is; the driver keeps nothing of it.
-
-    Raises:
-        SettingsError: If it cannot be loaded.
-    """
-    import ray
-    from ray.exceptions import RayTaskError
-
-    try:
-        return ray.get(ray.remote(num_cpus=0.1, max_calls=1)(_describe_model).remote(settings))
-    except RayTaskError as e:
-        raise SettingsError(f"The model {settings.model.path or 'built in'} cannot be loaded: {root_cause(e)}") from e
-
-
-def _describe_model(settings: Settings) -> ModelDescription:
-    from ..models.loading import load_model
-
-    loaded = load_model(settings.model.path, device="cpu", dtype=settings.model.dtype)
-    config = loaded.model.config
-    frame_hw = (config.image_size, config.image_size)
-    return ModelDescription(loaded.name, loaded.fingerprint, loaded.trained, frame_hw, config.chunk_frames)
 
 
 def run_identity(settings: Settings, model: ModelDescription) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -12,6 +13,17 @@ from ..models.generation import VideoAnswer, VideoPrompt
 from .settings import LlmSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a lane and its checkpoints must know of the model, without holding it."""
+
+    name: str
+    fingerprint: str
+    trained: bool
+    frame_hw: tuple[int, int]
+    chunk_frames: int
 
 
 @serve.deployment(name="VideoLLM", max_ongoing_requests=256)
@@ -52,12 +64,16 @@ class VideoLLM:
         self._generated_tokens += sum(a.generated_tokens for a in answers)
         return answers
 
+    async def describe(self) -> ModelDescription:
+        """Return what the model is."""
+        loaded, config = self._loaded, self._loaded.model.config
+        frame_hw = (config.image_size, config.image_size)
+        return ModelDescription(loaded.name, loaded.fingerprint, loaded.trained, frame_hw, config.chunk_frames)
+
     async def stats(self) -> dict[str, Any]:
         """Return what was answered since the replica started."""
         return {
             "answered": self._answered,
             "batches": self._batches,
             "generated_tokens": self._generated_tokens,
-            "model": self._loaded.name,
-            "trained": self._loaded.trained,
         }
