@@ -43,9 +43,11 @@ test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q --durations=5
 
 lint: venv  ## style, format and types, changing nothing
-	@$(BIN)/python -m ruff check $(wildcard $(FOLDERS))
-	@$(BIN)/python -m ruff format --check $(wildcard $(FOLDERS))
-	@$(BIN)/python -m pyright
+	@status=0; \
+	$(BIN)/python -m ruff check $(wildcard $(FOLDERS)) || status=1; \
+	$(BIN)/python -m ruff format --check $(wildcard $(FOLDERS)) || status=1; \
+	$(BIN)/python -m pyright || status=1; \
+	exit $$status
 
 format: venv  ## format the code and fix what can be fixed
 	@$(BIN)/python -m ruff check --fix $(wildcard $(FOLDERS))
