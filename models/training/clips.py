@@ -7,7 +7,7 @@ Clip i of a split is always the same clip. Its world's seed comes from i, and th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,13 +33,14 @@ _BACKWARDS = {"appears": "leaves", "leaves": "appears", "starts moving": "stops"
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames of a world at 2 fps, played forwards or backwards."""
+    """A piece of a world at 2 fps, played forwards or backwards. Its frames are drawn when they are asked for."""
 
+    seed: int
     world: ShapesWorld
     start_s: float  # in the world's time, of the earliest frame
     n_frames: int
     backwards: bool
-    frames: np.ndarray = field(repr=False)  # (n_frames, size, size, 3) uint8 RGB, as played
+    augment: bool = True
 
     def window(self, first: int, stop: int) -> WindowView:
         """Return the view of frames [first, stop) as played; backwards, in the world's own direction of time."""
@@ -52,8 +53,13 @@ class Clip:
         times = self.start_s + np.arange(self.n_frames) / FPS
         return times[::-1] if self.backwards else times
 
+    def render(self) -> np.ndarray:
+        """Draw the frames as played: (n_frames, size, size, 3) uint8 RGB, contiguous."""
+        frames = self.world.render_many(self.times_s())
+        return _with_camera(frames, np.random.default_rng([self.seed, 13])) if self.augment else frames
 
-def world_of(seed: int, kind: str, n_frames: int = 64) -> ShapesWorld:
+
+def world_of(seed: int, kind: str, n_frames: int = 64, size_px: int = 64) -> ShapesWorld:
     """Return a world of one of `WORLDS`.
 
     ``shapes`` is busy: one to three objects at a time, and more changes than the demo's feed has. ``needles`` is dull:
@@ -67,7 +73,7 @@ def world_of(seed: int, kind: str, n_frames: int = 64) -> ShapesWorld:
         return ShapesWorld(
             ShapesSpec(
                 seed=seed,
-                size_px=64,
+                size_px=size_px,
                 n_objects=((1, 3), (1, 2), (0, 2), (2, 3))[int(rng.integers(4))],
                 n_changes=((0, 2), (1, 2), (1, 3))[int(rng.integers(3))],
                 episode_s=float(rng.choice([10.0, 12.0, 14.0])),
@@ -79,7 +85,7 @@ def world_of(seed: int, kind: str, n_frames: int = 64) -> ShapesWorld:
         return ShapesWorld(
             ShapesSpec(
                 seed=seed,
-                size_px=64,
+                size_px=size_px,
                 n_objects=(0, 1),
                 n_changes=(0, 1),
                 episode_s=8.0,
@@ -110,7 +116,7 @@ def make_clip(
     backwards: bool | None = None,
     augment: bool = True,
 ) -> Clip:
-    """Draw a clip: its world, the time in it, its direction and its light all follow from the seed.
+    """Choose a clip: its world, the time in it, its direction and its light all follow from the seed.
 
     Args:
         seed: From `seed_of`.
@@ -121,15 +127,10 @@ def make_clip(
         augment: Vary brightness and contrast, and add a little noise, as a camera and a codec do.
     """
     rng = np.random.default_rng([seed, 7])
-    world = world_of(seed, kind, n_frames)
+    world = world_of(seed, kind, n_frames, size_px)
     start_s = round(float(rng.uniform(0.0, 60.0)), 3)
-    if backwards is None:
-        backwards = bool(rng.random() < 0.5)
-    times = start_s + np.arange(n_frames) / FPS
-    frames = world.render_many(times, size_px)
-    if augment:
-        frames = _with_camera(frames, rng)
-    return Clip(world, start_s, n_frames, backwards, frames[::-1] if backwards else frames)
+    coin = bool(rng.random() < 0.5)
+    return Clip(seed, world, start_s, n_frames, coin if backwards is None else backwards, augment)
 
 
 def _with_camera(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:

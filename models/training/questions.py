@@ -435,7 +435,7 @@ def question_corpus(n_windows: int = 400, seed: int = 0) -> Iterator[str]:
     """Yield questions and answers of many windows, for learning a tokenizer; always the same ones."""
     from .clips import world_of
 
-    weights = dict.fromkeys(KINDS, 1.0)
+    weights: dict[str, float] = dict.fromkeys(KINDS, 1.0)
     for i in range(n_windows):
         world = world_of(seed + i, "needles" if i % 4 == 0 else "shapes")
         rng = np.random.default_rng([seed, i])

@@ -1,0 +1,72 @@
+"""What the first stages read off: linear heads that say what is at each place. They are not part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clips import CHANGE_NAMES, MOTIONS, SPEED_NAMES, UNKNOWN, PlaceLabels
+from .shapes_spec import COLOURS, SHAPES, SIZES
+
+_CLASSES = {
+    "colour": 1 + len(COLOURS),
+    "shape": len(SHAPES),
+    "size": len(SIZES),
+    "motion": len(MOTIONS),
+    "speed": len(SPEED_NAMES),
+    "change": 1 + len(CHANGE_NAMES),
+}
+STILL_TARGETS = ("colour", "shape", "size")
+MOVING_TARGETS = (*STILL_TARGETS, "motion", "speed", "change")
+_NOTHING_SHARE = 0.3  # of the loss of targets that know "nothing": places without an object are nine in ten
+
+
+class PlaceHeads(nn.Module):
+    """A norm and a linear layer for each target, and one for where in the place the object is."""
+
+    def __init__(self, width: int, targets: Sequence[str]):
+        super().__init__()
+        self.targets = tuple(targets)
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, _CLASSES[name]) for name in self.targets})
+        self.offset = nn.Linear(width, 2)
+
+    def loss(self, x: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and of each target (right, asked) counts of the places that have an object.
+
+        Args:
+            x: (..., width).
+            labels: From `stack_labels`, each of x's leading shape.
+        """
+        x = self.norm(x.float())
+        losses: list[Tensor] = []
+        counts: dict[str, Tensor] = {}
+        for name in self.targets:
+            logits, wanted = self.heads[name](x), labels[name]
+            something = wanted > 0 if name in ("colour", "change") else wanted != UNKNOWN
+            losses.append(_mean_loss(logits, wanted, something))
+            if name in ("colour", "change"):
+                losses.append(_NOTHING_SHARE * _mean_loss(logits, wanted, wanted == 0))
+            right = (logits.detach().argmax(-1) == wanted) & something
+            counts[name] = torch.stack([right.sum(), something.sum()])
+        there = ~torch.isnan(labels["offset"][..., 0])
+        if there.any():
+            losses.append(F.smooth_l1_loss(self.offset(x)[there], labels["offset"][there], beta=0.1))
+        return torch.stack(losses).sum(), counts
+
+
+def _mean_loss(logits: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean cross entropy over the chosen places, 0 where there is none."""
+    if not chosen.any():
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits[chosen], wanted[chosen])
+
+
+def stack_labels(labels: Sequence[PlaceLabels], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return clips' labels as tensors (B, T, grid, grid), `offset` with two more."""
+    names = (*MOVING_TARGETS, "offset")
+    return {name: torch.from_numpy(np.stack([getattr(one, name) for one in labels])).to(device) for name in names}

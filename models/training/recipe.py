@@ -1,0 +1,227 @@
+"""A training recipe: the model's sizes and its stages, as frozen records read from YAML.
+
+    name: shapes-tiny
+    seed: 0
+    stages:
+      - {name: vision, task: places, train: [vision_tower], steps: 2000}
+      - {name: language, task: text, train: [language_model], steps: 3000, cached_streams: 1000}
+
+STORM's stages (arXiv 2503.04130, section 4) are such records: *align* trains the projector and the temporal encoder,
+*fine-tune* everything, *long* goes on with longer clips. A model that starts from nothing first learns to see
+(``places``) and to see motion (``motions``), on labels for each place of the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .clips import WORLDS
+from .questions import KINDS
+
+Task = Literal["places", "motions", "text"]
+PARTS = ("vision_tower", "multi_modal_projector", "temporal_encoder", "language_model")
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model that is trained from nothing."""
+
+    image_size: int = 64
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 3
+    downsample: int = 2  # pixel shuffle, as in STORM
+    spatial_pool: int = 1
+    temporal_pool: int = 4
+    chunk_frames: int = 4
+    temporal_width: int = 128
+    temporal_layers: int = 1  # one that is never trained changes nothing: as good as none, for comparison
+    temporal_state: int = 32
+    scan_order: Literal["location", "sweep"] = "location"
+    bidirectional: bool = False
+    text_width: int = 192
+    text_layers: int = 4
+    text_heads: int = 6
+    vocab_size: int = 1024
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: Shown in progress and log.
+        task: ``places``: colour, shape and size at each place of single frames. ``motions``: also motion, speed and
+            change, after the temporal encoder. ``text``: questions and captions.
+        train: Of `PARTS`, those whose weights change.
+        steps: Optimiser steps.
+        batch: Clips in a step; for ``text``, windows.
+        learning_rate: At its highest, after the warm-up; it falls along a cosine to a twentieth of that.
+        optimizer: ``adamw``, or ``muon`` for the matrices inside the blocks and AdamW for everything else.
+        clip_frames: Frames of a clip or stream.
+        window_chunks: Lengths of the windows that are asked about, in chunks; one is drawn for each step.
+        budget_tokens: For each window length, the most video tokens that the language model sees, chosen by the policy
+            ``global_local``; 0 for all. Only with cached streams.
+        questions: Most questions and captions to a window.
+        weights: Of kinds of question; kinds not named have weight 1, or 0 where `only` is set.
+        only: Whether kinds that `weights` does not name are left out.
+        worlds: For each kind of world, its share of the clips.
+        cached_streams: Encode so many clips once, keep their tokens on disk, and train on those; needs the encoder
+            to be frozen. 0: encode as it goes.
+        bfloat16: Compute the language model in bfloat16 also on a CPU; on CUDA everything trains so.
+    """
+
+    name: str
+    task: Task
+    train: tuple[str, ...]
+    steps: int
+    batch: int = 8
+    learning_rate: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    clip_frames: int = 16
+    window_chunks: tuple[int, ...] = (2, 4, 5, 8)
+    budget_tokens: tuple[int, ...] = ()
+    questions: int = 8
+    weights: Mapping[str, float] = field(default_factory=dict)
+    only: bool = False
+    worlds: Mapping[str, float] = field(default_factory=lambda: {"shapes": 1.0})
+    cached_streams: int = 0
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("train", "window_chunks", "budget_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # YAML has lists
+        where = f"stage {self.name!r}"
+        _one_of(f"{where}: task", self.task, get_args(Task))
+        _one_of(f"{where}: optimizer", self.optimizer, ("adamw", "muon"))
+        for part in self.train:
+            _one_of(f"{where}: train", part, PARTS)
+        for kind in self.weights:
+            _one_of(f"{where}: weights", kind, KINDS)
+        for kind in self.worlds:
+            _one_of(f"{where}: worlds", kind, WORLDS)
+        for name in ("steps", "batch", "clip_frames", "questions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{where}: {name} is {getattr(self, name)}; expected 1 or more")
+        if not self.train:
+            raise ValueError(f"{where}: train names no part; expected one or more of {', '.join(PARTS)}")
+        if self.cached_streams and (self.task != "text" or self.train != ("language_model",)):
+            raise ValueError(
+                f"{where}: cached_streams is {self.cached_streams} but {', '.join(self.train)} train on {self.task!r}; "
+                "expected task 'text' and train [language_model]: tokens can only be kept while the encoder is frozen"
+            )
+        if any(self.budget_tokens) and not self.cached_streams:
+            raise ValueError(f"{where}: budget_tokens is {self.budget_tokens} without cached_streams; expected both")
+        if self.budget_tokens and len(self.budget_tokens) != len(self.window_chunks):
+            raise ValueError(
+                f"{where}: budget_tokens has {len(self.budget_tokens)} entries; expected one for each of the "
+                f"{len(self.window_chunks)} window_chunks, or none"
+            )
+
+    def question_weights(self) -> dict[str, float]:
+        """Return the weight of every kind of question."""
+        return {kind: self.weights.get(kind, 0.0 if self.only else 1.0) for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is trained: the same recipe gives the same model on the same machine."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    model: ModelSizes = field(default_factory=ModelSizes)
+    start_from: str | None = None  # a model folder or hub id to go on from; None: from nothing, with `model`'s sizes
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"recipe {self.name!r} has stages {names}; expected one or more, each with its own name")
+        chunk = self.model.chunk_frames
+        for stage in self.stages:
+            if stage.task == "text" and (
+                stage.clip_frames % chunk or max(stage.window_chunks) * chunk > stage.clip_frames
+            ):
+                raise ValueError(
+                    f"stage {stage.name!r}: clip_frames is {stage.clip_frames}; expected a multiple of the model's "
+                    f"{chunk} frames in a chunk, and room for windows of {max(stage.window_chunks)} chunks"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return asdict(self)
+
+    def scaled(self, factor: float) -> Recipe:
+        """Return it with `factor` times the steps and cached clips of each stage, at least one: to try it out."""
+        stages = []
+        for stage in self.stages:
+            values = {f.name: getattr(stage, f.name) for f in fields(Stage)}
+            values["steps"] = max(1, round(stage.steps * factor))
+            values["warmup_steps"] = round(stage.warmup_steps * min(1.0, factor))
+            if stage.cached_streams:
+                values["cached_streams"] = max(1, round(stage.cached_streams * factor))
+            stages.append(Stage(**values))
+        values = {f.name: getattr(self, f.name) for f in fields(Recipe)}
+        return Recipe(**{**values, "stages": tuple(stages)})
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """Read a recipe from a YAML file, or one of those built in by its name.
+
+    Raises:
+        FileNotFoundError: If there is no such file; the message names those built in.
+        ValueError: On unknown keys or values that do not go together.
+    """
+    import yaml
+
+    path = Path(source)
+    if not path.is_file():
+        path = RECIPE_FOLDER / f"{source}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml"))
+        raise FileNotFoundError(f"recipe {str(source)!r} is no file; expected a YAML file or one of {', '.join(known)}")
+    return recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def recipe_from_dict(values: Any, where: str = "recipe") -> Recipe:
+    """Build a recipe from what YAML or JSON gave.
+
+    Raises:
+        ValueError: On unknown or missing keys, or values that do not go together.
+    """
+    values = dict(_mapping(values, where))
+    stages = values.pop("stages", [])
+    if not isinstance(stages, (list, tuple)):
+        raise ValueError(f"{where}: stages is {type(stages).__name__}; expected a list")
+    values["stages"] = tuple(_build(Stage, s, f"{where}: stage {i + 1}") for i, s in enumerate(stages))
+    if "model" in values:
+        values["model"] = _build(ModelSizes, values["model"], f"{where}: model")
+    return _build(Recipe, values, where)
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    values = _mapping(values, where)
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{where}: unknown keys {unknown}; expected only {sorted(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: got {type(values).__name__}; expected keys with values")
+    return values
+
+
+def _one_of(what: str, got: object, known: tuple[str, ...]) -> None:
+    if got not in known:
+        raise ValueError(f"{what} is {got!r}; expected one of {', '.join(known)}")

@@ -1,0 +1,255 @@
+"""What a stage learns from: clips turned into a loss and into counts of what was right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import reduce
+from torch import Tensor, nn
+
+from ..compress import VideoChunk, select_chunks
+from ..processing import StormProcessor
+from ..storm import StormForConditionalGeneration
+from .clips import FPS, Clip, label_places, make_clip, seed_of
+from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
+from .packing import TextBatch, TextPacker, TextRow, collate
+from .questions import ask
+from .recipe import Recipe, Stage
+from .token_cache import TokenCache, encode_clips, fill_cache
+
+_TRIES = 4  # windows drawn for a row before it may have fewer questions
+Counts = dict[str, Tensor]  # by target or kind of question: (right, asked)
+
+
+class Task:
+    """What a stage learns. Step s always sees the same clips; stages and held-out clips have their own."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        stage_index: int,
+        recipe: Recipe,
+        model: StormForConditionalGeneration,
+        processor: StormProcessor,
+    ):
+        self.stage, self.stage_index, self.seed = stage, stage_index, recipe.seed
+        self.model, self.processor = model, processor
+        self.heads: nn.Module = nn.ModuleDict()
+        self._clip = lru_cache(maxsize=4096)(self._make_clip)
+
+    def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
+        """Do what has to be done once before the steps."""
+
+    def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
+        """Return the loss of a step's batch, with gradients, and what was right."""
+        raise NotImplementedError
+
+    def clip(self, index: int, held_out: bool = False) -> Clip:
+        """Return clip `index` of this stage."""
+        return self._clip(index, held_out)
+
+    def _make_clip(self, index: int, held_out: bool) -> Clip:
+        kinds = list(self.stage.worlds)
+        shares = np.cumsum([self.stage.worlds[kind] for kind in kinds])
+        kind = kinds[int(np.searchsorted(shares, (index * 0.6180339887) % 1.0 * shares[-1], side="right"))]
+        stream = (self.seed * 8 + self.stage_index) % 256
+        seed = seed_of(index, stream, held_out=held_out)
+        return make_clip(seed, self.stage.clip_frames, kind, size_px=self.model.config.image_size)
+
+    def _pixels(self, clips: list[Clip]) -> Tensor:
+        frames = torch.stack([self.processor.prepare_frames(clip.render()) for clip in clips])
+        return frames.to(self.model.device, self.model.dtype)
+
+
+class PlacesTask(Task):
+    """Single frames: colour, shape and size at each place, read off the vision tower."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.places = PlaceHeads(self.model.config.vision_config.hidden_size, STILL_TARGETS)
+        self.heads = self.places
+
+    def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
+        """See `Task.loss`."""
+        batch = self.stage.batch
+        clips = [self.clip(step * batch + i, held_out) for i in range(batch)]
+        labels = stack_labels([label_places(c, self.model.config.patch_grid) for c in clips], self.model.device)
+        with _autocast(self.model.device, self.stage.bfloat16):
+            x = self.model._features(self._pixels(clips))
+        return self.places.loss(x, labels)
+
+
+class MotionsTask(Task):
+    """Clips: also motion, speed and change, read off the temporal encoder before pooling over time."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.places = PlaceHeads(self.model.config.d_model, MOVING_TARGETS)
+        self.heads = self.places
+
+    def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
+        """See `Task.loss`."""
+        batch, model = self.stage.batch, self.model
+        clips = [self.clip(step * batch + i, held_out) for i in range(batch)]
+        labels = stack_labels([label_places(c, model.config.temporal_grid) for c in clips], model.device)
+        with torch.set_grad_enabled("vision_tower" in self.stage.train), _autocast(model.device, self.stage.bfloat16):
+            features = model._features(self._pixels(clips))
+        with _autocast(model.device):
+            x = model.multi_modal_projector(features.float())
+            x, _ = model.temporal_encoder(x, chunk_frames=_grid_of_chunks(model))
+        return self.places.loss(x, labels)
+
+
+class TextTask(Task):
+    """Windows of clips: questions and captions, eight to a window that is read once."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._packer = TextPacker(self.processor)
+        self._cache: TokenCache | None = None
+        self._weights = self.stage.question_weights()
+
+    def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
+        """Encode the stage's clips, where it says so."""
+        if self.stage.cached_streams:
+            self.model.eval()
+            key = f"{self.seed} {self.stage_index} {self.stage.clip_frames} {dict(self.stage.worlds)}"
+            n = self.stage.cached_streams
+            self._cache = fill_cache(folder, self.model, self.processor, n, self.clip, key, on_clips=on_clips)
+
+    def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
+        """See `Task.loss`."""
+        batch, tokens = self.draw(step, held_out)
+        predicted, wanted = self._predict(batch, tokens)
+        # Each text counts alike in half of the loss: a caption has ten times an answer's tokens.
+        each = F.cross_entropy(predicted, wanted, reduction="none")
+        n_of_text = torch.bincount(batch.texts, minlength=len(batch.kinds)).to(each.dtype).to(each.device)
+        weight = n_of_text[batch.texts] ** -0.5
+        loss = (each * weight).sum() / weight.sum()
+        return loss, _count_texts(predicted.detach(), wanted, batch)
+
+    def draw(self, step: int, held_out: bool = False) -> tuple[TextBatch, Tensor]:
+        """Return a step's texts and the video tokens for their placeholders, (n, d_model)."""
+        rng = np.random.default_rng([self.seed, self.stage_index, step, held_out])
+        which = int(rng.integers(len(self.stage.window_chunks)))
+        n_chunks = self.stage.window_chunks[which]
+        budget = self.stage.budget_tokens[which] if self.stage.budget_tokens else 0
+        indices, firsts, rows = [], [], []
+        for i in range(self.stage.batch):
+            index, first, row = self._draw_row(rng, step * self.stage.batch + i, n_chunks, budget, held_out)
+            indices.append(index)
+            firsts.append(first)
+            rows.append(row)
+        pad = self.processor.tokenizer.pad_token_id
+        batch = collate(rows, pad if isinstance(pad, int) else 0).to(self.model.device)
+        return batch, self._tokens(indices, firsts, n_chunks, budget, held_out)
+
+    def _draw_row(
+        self, rng: np.random.Generator, row: int, n_chunks: int, budget: int, held_out: bool
+    ) -> tuple[int, int, TextRow]:
+        """Draw a window with something to ask about: (clip, first chunk, texts)."""
+        size = self.model.config.chunk_frames
+        n_clip_chunks = self.stage.clip_frames // size
+        best: tuple[int, int, list] = (0, 0, [])
+        for _ in range(_TRIES):
+            n_cached = self.stage.cached_streams
+            index = int(rng.integers(n_cached)) if n_cached and not held_out else row
+            first = int(rng.integers(n_clip_chunks - n_chunks + 1))
+            clip = self.clip(index, held_out)
+            view = clip.window(first * size, (first + n_chunks) * size)
+            asked = ask(view, rng, self.stage.questions, self._weights, backwards=clip.backwards)
+            if len(asked) >= len(best[2]):
+                best = (index, first, asked)
+            if len(asked) >= self.stage.questions // 2:
+                break
+        index, first, asked = best
+        starts_s = [k * size / FPS for k in range(n_chunks)]
+        counts = [self.model.config.n_tokens(size)] * n_chunks
+        if budget:
+            empty = [VideoChunk(s, s, np.zeros((n, 1), np.float16)) for s, n in zip(starts_s, counts, strict=True)]
+            chosen = select_chunks(empty, budget, "global_local")
+            starts_s, counts = [c.start_s for c in chosen], [c.n_tokens for c in chosen]
+        return index, first, self._packer.pack(starts_s, counts, asked)
+
+    def _tokens(self, indices: list[int], firsts: list[int], n_chunks: int, budget: int, held_out: bool) -> Tensor:
+        if self._cache is not None and not held_out:
+            clips = [self._cache.tokens[i, f : f + n_chunks] for i, f in zip(indices, firsts, strict=True)]
+        else:
+            clips = self._encode_windows(indices, firsts, n_chunks, held_out)
+        if budget:
+            clips = [_select(tokens, budget, self.model.config.chunk_frames) for tokens in clips]
+        return torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in clips]).to(self.model.device)
+
+    def _encode_windows(self, indices: list[int], firsts: list[int], n_chunks: int, held_out: bool) -> list[Tensor]:
+        clips = [self.clip(i, held_out) for i in indices]
+        if set(self.stage.train) == {"language_model"} or held_out:
+            tokens = encode_clips(self.model, self.processor, clips)
+        else:
+            with torch.set_grad_enabled("vision_tower" in self.stage.train), _autocast(self.model.device):
+                features = self.model._features(self._pixels(clips))
+            with _autocast(self.model.device):
+                x = self.model.multi_modal_projector(features.float())
+                x, _ = self.model.temporal_encoder(x, chunk_frames=_grid_of_chunks(self.model))
+            tokens = _pool(x, self.model.config.temporal_pool, self.model.config.spatial_pool)
+            tokens = tokens.unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
+        return [tokens[i, f : f + n_chunks] for i, f in enumerate(firsts)]
+
+    def _predict(self, batch: TextBatch, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits at the places where something is to be predicted, and what is."""
+        model = self.model
+        embeds = model.embed_inputs(batch.input_ids, tokens.to(model.dtype))
+        with _autocast(model.device, self.stage.bfloat16):
+            hidden = model.language_model.get_decoder()(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            logits = model.get_output_embeddings()(hidden[batch.rows, batch.columns])
+        return logits.float(), batch.targets
+
+
+def build_task(
+    stage: Stage, stage_index: int, recipe: Recipe, model: StormForConditionalGeneration, processor: StormProcessor
+) -> Task:
+    """Return what a stage learns."""
+    kind = {"places": PlacesTask, "motions": MotionsTask, "text": TextTask}[stage.task]
+    return kind(stage, stage_index, recipe, model, processor)
+
+
+def _autocast(device: torch.device, on_cpu: bool = False) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or on_cpu)
+
+
+def _grid_of_chunks(model: StormForConditionalGeneration) -> int | None:
+    """Return the grid that the scan must follow: none without a backward scan, and one pass is then faster."""
+    return model.config.chunk_frames if model.config.temporal_config.bidirectional else None
+
+
+def _pool(x: Tensor, over_frames: int, over_places: int) -> Tensor:
+    """Average as the model does on whole chunks: (B, T, rows, cols, d) → (B, n_tokens, d)."""
+    return reduce(x, "b (t k) (r i) (c j) d -> b (t r c) d", "mean", k=over_frames, i=over_places, j=over_places)
+
+
+def _select(tokens: Tensor, budget: int, chunk_frames: int) -> Tensor:
+    """Choose tokens as for an answer: (n_chunks, tokens of a chunk, d) → (n, d)."""
+    length_s = chunk_frames / FPS
+    chunks = [VideoChunk(k * length_s, (k + 1) * length_s, each) for k, each in enumerate(tokens.numpy())]
+    return torch.from_numpy(np.concatenate([c.tokens for c in select_chunks(chunks, budget, "global_local")]))
+
+
+def _count_texts(predicted: Tensor, wanted: Tensor, batch: TextBatch) -> Counts:
+    """Count the texts of each kind of which every token is predicted right, given those before."""
+    right = torch.ones(len(batch.kinds), dtype=torch.bool, device=wanted.device)
+    right[batch.texts[predicted.argmax(-1) != wanted]] = False
+    counts: Counts = {}
+    for kind in dict.fromkeys(batch.kinds):
+        of_kind = [i for i, each in enumerate(batch.kinds) if each == kind]
+        counts[kind] = torch.tensor([float(right[of_kind].sum()), float(len(of_kind))])
+    return counts

@@ -1,0 +1,297 @@
+"""One trainer for every stage of a recipe.
+
+What step s of stage k does depends on (recipe, k, s) and the weights alone: its clips and questions come from
+generators seeded with these numbers, and the state on disk holds weights and the optimisers' memory. So a training
+that was killed and goes on gives the same model, bit for bit on the same machine, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..loading import load_model, save_model
+from ..processing import StormProcessor
+from ..storm import StormForConditionalGeneration
+from .new_model import build_model
+from .recipe import PARTS, Recipe, Stage
+from .tasks import Task, build_task
+from .train_state import Optimizers, build_optimizers, load_state, save_state
+
+SAVE_EVERY_S = 60.0
+REPORT_EVERY_S = 5.0
+MAX_GRADIENT_NORM = 1.0
+FINAL_RATE_SHARE = 0.05  # of the highest learning rate, at a stage's end
+_SMOOTHING = 0.98  # of the reported loss and accuracy, a step
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """Where a training stands."""
+
+    stage: str
+    stage_index: int
+    n_stages: int
+    step: int  # done, of this stage
+    n_steps: int
+    loss: float  # smoothed
+    accuracy: dict[str, float] = field(repr=False)  # smoothed, by target or kind of question; and "all"
+    left_s: float  # of this stage, at the pace so far
+    note: str = ""  # what else is going on, such as encoding the cache
+
+
+@dataclass
+class _Meter:
+    """Running means of loss and accuracy, weighted so that the first steps count in full."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    right: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: float, counts: dict[str, Tensor]) -> None:
+        self.loss, self.weight = _SMOOTHING * self.loss + loss, _SMOOTHING * self.weight + 1.0
+        for name, (right, asked) in ((n, c.tolist()) for n, c in counts.items()):
+            self.right[name] = _SMOOTHING * self.right.get(name, 0.0) + right
+            self.asked[name] = _SMOOTHING * self.asked.get(name, 0.0) + asked
+
+    def mean_loss(self) -> float:
+        return self.loss / max(self.weight, 1e-9)
+
+    def accuracy(self) -> dict[str, float]:
+        told = {n: self.right[n] / self.asked[n] for n in sorted(self.asked) if self.asked[n] > 0.01}
+        total = sum(self.asked.values())
+        return {"all": sum(self.right.values()) / total if total else 0.0, **told}
+
+
+class Trainer:
+    """Trains a recipe in a folder: ``state/`` to go on from, ``cache/``, ``log.jsonl`` and ``model/``, the result."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        clock: Callable[[], float] = time.monotonic,
+        save_every_s: float = SAVE_EVERY_S,
+    ):
+        """Build the model, or take up the training that the folder holds.
+
+        Args:
+            recipe: What to train.
+            folder: Made if need be.
+            device: ``auto``, ``cpu`` or ``cuda``.
+            clock: In seconds; for progress and saving alone.
+            save_every_s: How often the state is written; it also is at each stage's end.
+
+        Raises:
+            ValueError: If the folder holds the training of another recipe.
+        """
+        self.recipe, self.folder = recipe, Path(folder)
+        self._clock, self._save_every_s = clock, save_every_s
+        self.model, self.processor = _start(recipe)
+        place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+        self.device = torch.device(place)
+        nn.Module.to(self.model, self.device)
+        self._stage_index, self._step = 0, 0
+        self._meter = _Meter()
+        self._seconds = {stage.name: 0.0 for stage in recipe.stages}
+        self._restored: dict[str, Tensor] = {}
+        self._restore()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all stages are done."""
+        return self._stage_index >= len(self.recipe.stages)
+
+    def run(
+        self,
+        on_progress: Callable[[TrainProgress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Path | None:
+        """Train to the end, or until `should_stop` says so after a step; then the state is kept.
+
+        Returns:
+            The model's folder, or None where it was stopped before the end.
+        """
+        report = on_progress or (lambda _: None)
+        while not self.finished:
+            if not self._run_stage(report, should_stop or (lambda: False)):
+                return None
+        return self.export()
+
+    def export(self) -> Path:
+        """Write the model as it stands to ``model/``."""
+        folder = self.folder / "model"
+        self.model.config.trained = True
+        save_model(folder, self.model.float(), self.processor)
+        log = self.folder / "log.jsonl"
+        if log.is_file():
+            (folder / "training_log.jsonl").write_bytes(log.read_bytes())
+        about = {"recipe": self.recipe.to_dict(), "seconds": self._seconds, "torch": torch.__version__}
+        (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    # ---- a stage ----
+
+    def _run_stage(self, report: Callable[[TrainProgress], None], should_stop: Callable[[], bool]) -> bool:
+        stage = self.recipe.stages[self._stage_index]
+        torch.manual_seed(self.recipe.seed * 1000 + self._stage_index)  # for the task's heads
+        task = build_task(stage, self._stage_index, self.recipe, self.model, self.processor)
+        task.heads.to(self.device)
+        optimizers = self._prepare(stage, task)
+        began_s = reported_s = saved_s = self._clock()
+        task.prepare(
+            self.folder / "cache" / stage.name,
+            lambda n: report(self._progress(stage, began_s, 0, f"{n} of {stage.cached_streams} clips encoded")),
+        )
+        first_step, steps_began_s = self._step, self._clock()
+        while self._step < stage.steps:
+            loss, counts = self._train_step(stage, task, optimizers)
+            self._meter.add(loss, counts)
+            self._step += 1
+            now_s = self._clock()
+            if now_s - reported_s >= REPORT_EVERY_S or self._step == stage.steps:
+                report(self._progress(stage, steps_began_s, first_step))
+                reported_s = now_s
+            if now_s - saved_s >= self._save_every_s:
+                self._count_time(stage, saved_s, now_s)
+                self._save(task, optimizers)
+                saved_s = now_s
+            if should_stop():
+                self._count_time(stage, saved_s, self._clock())
+                self._save(task, optimizers)
+                return False
+        self._count_time(stage, saved_s, self._clock())
+        self._log(stage)
+        self._stage_index, self._step, self._meter = self._stage_index + 1, 0, _Meter()
+        self._save(None, None)
+        return True
+
+    def _prepare(self, stage: Stage, task: Task) -> Optimizers:
+        """Freeze what the stage does not train, and take up the optimisers' memory where there is some."""
+        for part in PARTS:
+            getattr(self.model, part).requires_grad_(part in stage.train)
+        trained = {f"model/{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        trained |= {f"heads/{n}": p for n, p in task.heads.named_parameters()}
+        optimizers = build_optimizers(trained, stage.optimizer, stage.learning_rate, stage.weight_decay)
+        if self._restored:
+            heads = {k.removeprefix("heads/"): v for k, v in self._restored.items() if k.startswith("heads/")}
+            task.heads.load_state_dict(heads)
+            optimizers.load_tensors(self._restored)
+            self._restored = {}
+        return optimizers
+
+    def _train_step(self, stage: Stage, task: Task, optimizers: Optimizers) -> tuple[float, dict[str, Tensor]]:
+        self.model.train()
+        loss, counts = task.loss(self._step)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"stage {stage.name!r} has a loss of {loss.item()} at step {self._step}; expected a number. "
+                "Lower its learning_rate; the state saved last is from before"
+            )
+        loss.backward()
+        trained = [p for o in optimizers.parts for g in o.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
+        optimizers.step(learning_rate_at(stage, self._step))
+        for parameter in trained:
+            parameter.grad = None
+        return loss.item(), counts
+
+    # ---- what is kept ----
+
+    def _save(self, task: Task | None, optimizers: Optimizers | None) -> None:
+        tensors = {f"model/{k}": v.detach().cpu().clone() for k, v in self.model.named_parameters()}
+        if task is not None and optimizers is not None:
+            tensors |= {f"heads/{k}": v.detach().cpu().clone() for k, v in task.heads.state_dict().items()}
+            tensors |= {k: v.clone() for k, v in optimizers.to_tensors().items()}
+        values = {
+            "stage": self._stage_index,
+            "step": self._step,
+            "recipe": self.recipe.to_dict(),
+            "seconds": self._seconds,
+            "meter": asdict(self._meter),
+        }
+        save_state(self.folder / "state", tensors, values)
+
+    def _restore(self) -> None:
+        found = load_state(self.folder / "state")
+        if found is None:
+            return
+        tensors, values = found
+        recipe = json.loads(json.dumps(self.recipe.to_dict()))
+        if values["recipe"] != recipe:
+            different = sorted(k for k in recipe if values["recipe"].get(k) != recipe[k])
+            raise ValueError(
+                f"{self.folder} holds the training of another recipe (different: {', '.join(different)}); expected "
+                f"{recipe['name']!r} as it is now. Use another folder, or delete this one"
+            )
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model/{name}"])
+        self._stage_index, self._step = values["stage"], values["step"]
+        self._seconds = values["seconds"]
+        self._meter = _Meter(**values["meter"])
+        self._restored = {k: v for k, v in tensors.items() if not k.startswith("model/")}
+
+    def _count_time(self, stage: Stage, began_s: float, now_s: float) -> None:
+        self._seconds[stage.name] += now_s - began_s
+
+    def _log(self, stage: Stage) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = {
+            "stage": stage.name,
+            "steps": stage.steps,
+            "seconds": round(self._seconds[stage.name], 1),
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "loss": round(self._meter.mean_loss(), 4),
+            "accuracy": {k: round(v, 4) for k, v in self._meter.accuracy().items()},
+        }
+        log = self.folder / "log.jsonl"
+        # A stage that was done again, because the state was not yet written, is told once.
+        told = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        told = [each for each in told if json.loads(each)["stage"] != stage.name]
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text("".join(f"{each}\n" for each in [*told, json.dumps(line)]), encoding="utf-8")
+        os.replace(temporary, log)
+
+    def _progress(self, stage: Stage, began_s: float, first_step: int, note: str = "") -> TrainProgress:
+        done = self._step - first_step
+        pace_s = (self._clock() - began_s) / done if done else 0.0
+        return TrainProgress(
+            stage=stage.name,
+            stage_index=self._stage_index,
+            n_stages=len(self.recipe.stages),
+            step=self._step,
+            n_steps=stage.steps,
+            loss=self._meter.mean_loss(),
+            accuracy=self._meter.accuracy(),
+            left_s=pace_s * (stage.steps - self._step),
+            note=note,
+        )
+
+
+def learning_rate_at(stage: Stage, step: int) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine down to a twentieth."""
+    if step < stage.warmup_steps:
+        return stage.learning_rate * (step + 1) / stage.warmup_steps
+    share = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
+    return stage.learning_rate * (FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _start(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    if recipe.start_from is None:
+        return build_model(recipe.model, recipe.seed)
+    loaded: Any = load_model(recipe.start_from, device="cpu", dtype="float32")
+    return loaded.model, loaded.processor
