@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .compress import spatial_pool, temporal_pool
@@ -113,11 +114,17 @@ class StormPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Comes after the block's own layers, which the line above has drawn like any linear layer.
-        if isinstance(module, TemporalBlock):
-            module.reset_parameters()
+    def initialize_weights(self) -> None:
+        """Draw what no checkpoint has given; called by transformers, which marks what was loaded.
+
+        The temporal encoder draws its own: transformers would give its last projections a random start, and asks a
+        module for its own way only where it holds parameters directly.
+        """
+        super().initialize_weights()
+        with guard_torch_init_functions():
+            for block in self.modules():
+                if isinstance(block, TemporalBlock):
+                    block.reset_parameters()
 
 
 class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
