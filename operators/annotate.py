@@ -135,7 +135,9 @@ class Annotate:
         ]
         chosen = select_chunks(chunks, query.token_budget, query.token_policy)
         asked_s = time.monotonic()
-        answer = await self._ask(VideoPrompt(text=query.prompt, chunks=tuple(chosen), max_new_tokens=query.max_new_tokens))
+        answer = await self._ask(
+            VideoPrompt(text=query.prompt, chunks=tuple(chosen), max_new_tokens=query.max_new_tokens)
+        )
         return Result(
             query_id=query.id,
             kind=query.kind,

@@ -355,6 +355,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     else:
         options["address"] = settings.ray.address
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
     try:
         with keep_signal_handlers():
             ray.init(**options)

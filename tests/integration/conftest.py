@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stormline.infra.broker import EmbeddedBroker
 
 RAY_CPUS = 6  # logical: two lanes and the services

@@ -18,6 +18,7 @@ import pytest
 import torch
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
+
 from stormline.models.loading import load_model
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.decode import decode_segment

@@ -21,6 +21,7 @@ from typing import Any
 import av
 import pytest
 from kafka import KafkaConsumer, TopicPartition
+
 from stormline.infra.broker import EmbeddedBroker
 from stormline.operators.errors import PublishError
 from stormline.pipeline.publish.publisher import publish_source

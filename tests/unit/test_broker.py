@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from stormline.infra.broker import EmbeddedBroker, broker_binary
 from stormline.operators.errors import SettingsError, StormlineError
 from stormline.pipeline.commands.broker import broker, parse_topic

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from stormline.operators.errors import CheckpointError, CommitError, OutputLockedError
 from stormline.operators.rows import Position, SnapshotKey
 from stormline.pipeline.checkpoint import (

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+
 from stormline.models.compress import (
     POLICIES,
     VideoChunk,

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from stormline.operators.decode import REASONS, Decode, DecodeLimits, decode_file, decode_segment
 from stormline.operators.errors import MediaError
 from stormline.operators.media import CONTAINERS, open_media

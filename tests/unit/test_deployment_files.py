@@ -14,6 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
+
 from stormline.pipeline.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -176,8 +177,9 @@ def test_dockerfile_when_run_then_not_as_root_and_its_health_is_known():
 
 
 def test_container_command_when_its_settings_are_shown_then_accepted():
-    from stormline.pipeline.cli import app
     from typer.testing import CliRunner
+
+    from stormline.pipeline.cli import app
 
     command = re.search(r'^CMD \["run", "--settings", "/etc/stormline/(.+)"\]$', DOCKERFILE, re.M)
     assert command

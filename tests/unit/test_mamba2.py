@@ -2,10 +2,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from stormline.models.mamba2 import GatedRMSNorm, Mamba2, Mamba2State
 from torch import nn
 from transformers import DynamicCache, Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from stormline.models.mamba2 import GatedRMSNorm, Mamba2, Mamba2State
 
 SIZES = {"d_state": 16, "head_dim": 8, "n_groups": 2, "block_tokens": 8}
 D_MODEL = 32

@@ -2,6 +2,7 @@ import asyncio
 import itertools
 
 import pytest
+
 from stormline.operators.errors import OrderError
 from stormline.operators.ordering import MAX_AHEAD_ROWS, ReorderBuffer, Turnstile
 

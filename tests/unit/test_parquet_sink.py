@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from stormline.operators.errors import CheckpointError, CommitError
 from stormline.operators.rows import Position, Result, SnapshotKey
 from stormline.pipeline.checkpoint import epoch_folder, list_committed, read_manifest
@@ -151,7 +152,7 @@ def test_commit_when_the_lane_was_restarted_elsewhere_then_the_old_process_write
     start = recover_lane(tmp_path, 0, lanes=1, partitions=[VIDEO_0], identity={})
 
     with pytest.raises(CommitError, match=r"belongs to .* now"):
-        old.commit(results=[make_result(answer="twice")], positions=at(2), snapshots={})
+        old.commit(results=[make_result(24 * HOUR_NS, "twice")], positions=at(2), snapshots={})
     new = EpochWriter(start, model="m", identity={})
     new.commit(results=[make_result(answer="once")], positions=at(2), snapshots={})
     rows = pq.read_table(tmp_path / "results")["answer"].to_pylist()

@@ -8,6 +8,8 @@ from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
 from stormline.operators.errors import SettingsError
 from stormline.operators.rows import Chunk, DeadLetter, Position, Result
 from stormline.pipeline.cli import app
@@ -15,7 +17,6 @@ from stormline.pipeline.commands.results import follow_rows, parse_since
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.table_reader import RowFilter, TableReader
-from typer.testing import CliRunner
 
 NOON_NS = 1_769_860_800 * 10**9  # 2026-01-31T12:00:00Z
 HOUR_NS = 3_600 * 10**9

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
+
 from stormline.operators.rows import DecodedSegment, SegmentMeta
 from stormline.operators.sampling import (
     NS_PER_MS,

@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from stormline.operators.errors import PublishError, SettingsError
 from stormline.pipeline.publish.gops import h264_starts_clean, sei_payload
 from stormline.pipeline.publish.inputs import (

@@ -1,4 +1,5 @@
 import pytest
+
 from stormline.operators.errors import CheckpointError
 from stormline.pipeline.sessions import Record, SessionTracker
 

@@ -1,6 +1,7 @@
 from fractions import Fraction
 
 import pytest
+
 from stormline.operators.errors import SettingsError
 from stormline.pipeline.settings import load_settings, masked, resolve_secrets
 

@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+
 from stormline.models.training import shapes
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld, parse_shapes_url
 from stormline.models.training.shapes_plan import CLEARANCE, plan_episode

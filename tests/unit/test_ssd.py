@@ -1,7 +1,8 @@
 import pytest
 import torch
-from stormline.models.ssd import ssd_scan, ssd_scan_ref
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+from stormline.models.ssd import ssd_scan, ssd_scan_ref
 
 # b, length, n_heads, head_dim, n_groups, d_state, block_tokens
 SHAPES = [

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPVisionConfig, GemmaConfig, LlamaConfig, Qwen3Config, SiglipVisionConfig
+
 from stormline.models.compress import spatial_pool, temporal_pool
 from stormline.models.storm import StormConfig, StormForConditionalGeneration, StreamState
 from stormline.models.temporal import TemporalBlock, TemporalConfig
-from torch import nn
-from transformers import CLIPVisionConfig, GemmaConfig, LlamaConfig, Qwen3Config, SiglipVisionConfig
 
 VIDEO_ID = 3
 TOWER: dict[str, Any] = {

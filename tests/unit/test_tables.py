@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+
 from stormline.operators.rows import Chunk, DeadLetter, Result
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover

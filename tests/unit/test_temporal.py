@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+
 from stormline.models.temporal import TemporalConfig, TemporalEncoder, TemporalState
 
 ROWS, COLS = 3, 4

@@ -1,4 +1,5 @@
 import numpy as np
+
 from stormline.operators.rows import Chunk
 from stormline.operators.windows import add_chunk, close_session
 
