@@ -351,6 +351,15 @@ def test_recovery_when_a_moved_partitions_last_state_is_damaged_then_it_is_not_g
     assert files_below(tmp_path) == before
 
 
+def test_recovery_when_the_only_state_of_a_moved_partition_is_damaged_then_it_does_not_begin_anew(tmp_path):
+    run_lanes(tmp_path, 1, end_offset=1)
+    start_lanes(tmp_path, 2)[0].run()
+    (epoch_folder(tmp_path, 0, 1) / "sum.video-1.safetensors").write_bytes(b"?")
+
+    with pytest.raises(CheckpointError, match=r"video\[1\] has its last state there"):
+        recover(tmp_path, lanes=2, identity=IDENTITY)
+
+
 def test_recovery_when_a_setting_differs_then_each_is_named_with_the_choices(tmp_path):
     run_lanes(tmp_path, 1, end_offset=4)
     other = {"model": "storm-1", "sampling": {"fps": "4", "max_hold_s": 5.0}, "grid": 2, "frame_hw": [64, 64]}
