@@ -307,6 +307,18 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             self, *args, is_first_iteration=is_first_iteration, **kwargs
         )
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple:
+        """Refuse what transformers would repeat in the wrong order, token by token instead of prompt by prompt."""
+        video = kwargs.get("video_tokens")
+        if expand_size > 1 and video is not None and video.dim() == 2:
+            raise ValueError(
+                f"video_tokens have shape {tuple(video.shape)} with {expand_size} beams or sequences; expected "
+                "(B, n, d_model), as many for each prompt"
+            )
+        return GenerationMixin._expand_inputs_for_generation(  # type: ignore[reportArgumentType]
+            self, expand_size=expand_size, **kwargs
+        )
+
     # ---- parts ----
 
     def _check_frames(self, frames: Tensor) -> Tensor:

@@ -350,6 +350,19 @@ def test_generate_when_given_video_tokens_then_runs_as_any_transformers_model(mo
     assert torch.equal(out[0, ids.shape[1] :], logits.argmax(-1))
 
 
+def test_generate_when_several_beams_then_each_prompt_keeps_its_own_video(model):
+    ids = torch.tensor([[1, *[VIDEO_ID] * 9, 20]] * 2)
+    tokens = torch.stack([model.encode_clip(make_frames(1, 4, seed=s)[0]) for s in (1, 2)]).float()
+
+    both = model.generate(ids, video_tokens=tokens, num_beams=3, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+    for i in range(2):
+        alone = model.generate(ids[:1], video_tokens=tokens[i : i + 1], num_beams=3, max_new_tokens=4, min_new_tokens=4)
+        assert torch.equal(both[i : i + 1], alone)
+    with pytest.raises(ValueError, match=r"expected \(B, n, d_model\)"):
+        model.generate(ids, video_tokens=tokens.flatten(0, 1), num_beams=3, max_new_tokens=4)
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "a tower with a class token, as LLaVA uses it": {
         "vision_config": CLIPVisionConfig(**TOWER),
