@@ -95,7 +95,7 @@ class Trainer:
             save_every_s: How often the state is written; it also is at each stage's end.
 
         Raises:
-            ValueError: If the folder holds the training of another recipe.
+            ValueError: If the folder holds the training of another recipe. Stages not yet begun may have changed.
         """
         self.recipe, self.folder = recipe, Path(folder)
         self._clock, self._save_every_s = clock, save_every_s
@@ -229,20 +229,26 @@ class Trainer:
         if found is None:
             return
         tensors, values = found
-        recipe = json.loads(json.dumps(self.recipe.to_dict()))
-        if values["recipe"] != recipe:
-            different = sorted(k for k in recipe if values["recipe"].get(k) != recipe[k])
-            raise ValueError(
-                f"{self.folder} holds the training of another recipe (different: {', '.join(different)}); expected "
-                f"{recipe['name']!r} as it is now. Use another folder, or delete this one"
-            )
+        self._check_recipe(values["recipe"], values["stage"])
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model/{name}"])
         self._stage_index, self._step = values["stage"], values["step"]
-        self._seconds = values["seconds"]
+        self._seconds |= {k: v for k, v in values["seconds"].items() if k in self._seconds}
         self._meter = _Meter(**values["meter"])
         self._restored = {k: v for k, v in tensors.items() if not k.startswith("model/")}
+
+    def _check_recipe(self, saved: dict[str, Any], stage_index: int) -> None:
+        """Refuse another recipe; stages that have not begun may differ."""
+        recipe = json.loads(json.dumps(self.recipe.to_dict()))
+        begun = slice(0, stage_index + 1)
+        got, expected = ({**r, "stages": r["stages"][begun]} for r in (saved, recipe))
+        if got != expected:
+            different = sorted(k for k in expected if got.get(k) != expected[k])
+            raise ValueError(
+                f"{self.folder} holds the training of another recipe (different: {', '.join(different)}); expected "
+                f"{recipe['name']!r} as it is now, but for stages not yet begun. Use another folder, or delete this one"
+            )
 
     def _count_time(self, stage: Stage, began_s: float, now_s: float) -> None:
         self._seconds[stage.name] += now_s - began_s

@@ -1,0 +1,78 @@
+"""`stormline train`: train a model by a recipe."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...operators.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ...models.training.trainer import TrainProgress
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that stormline has.")
+    ] = "shapes-tiny",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="For the state, the log and the model; goes on where it is.")
+    ] = Path("train-out"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; another number gives a slightly other model.")] = 2,
+    scale: Annotated[
+        float, typer.Option(min=1e-4, max=100, help="Times so many steps: 0.01 to see whether it runs.")
+    ] = 1.0,
+) -> None:
+    """Train a video language model, stage by stage.
+
+    Ctrl-C ends it after the current step and keeps the state; the same command goes on there, with the same result
+    as if it had never stopped. A kill loses at most a minute.
+
+    [bold]Examples[/]
+
+      stormline train                                     # the model that stormline ships, about an hour on one core
+
+      stormline train --out /tmp/try --scale 0.01         # a hundredth of the steps: does it run?
+
+      stormline train my-recipe.yaml --device cuda
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from ...models.training.recipe import load_recipe
+    from ...models.training.trainer import Trainer
+
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+    stopping: list[int] = []
+    try:
+        chosen = load_recipe(recipe)
+        trainer = Trainer(chosen if scale == 1.0 else chosen.scaled(scale), out, device=device)
+    except (ValueError, FileNotFoundError) as error:
+        raise SettingsError(str(error)) from error
+    before = {s: signal.signal(s, lambda s, _: stopping.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        folder = trainer.run(_show, lambda: bool(stopping))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if folder is None:
+        typer.echo(f"stopped; the same command goes on from {out}")
+        raise typer.Exit(130)
+    typer.echo(f"model in {folder}; measure it with: stormline eval {folder}")
+
+
+def _show(progress: TrainProgress) -> None:
+    p = progress
+    head = f"[{p.stage_index + 1}/{p.n_stages}] {p.stage:<10} {p.step:>6}/{p.n_steps}"
+    if p.note:
+        typer.echo(f"{head}  {p.note}")
+        return
+    worst = sorted((v, k) for k, v in p.accuracy.items() if k != "all")[:6]
+    told = "  ".join(f"{name} {share:.0%}" for share, name in worst)
+    left = f"{p.left_s / 60:.1f} min left" if p.left_s >= 90 else f"{p.left_s:.0f} s left"
+    typer.echo(f"{head}  loss {p.loss:.3f}  accuracy {p.accuracy['all']:.1%}  {left}  lowest: {told}")
