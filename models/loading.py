@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,14 +136,20 @@ def fingerprint_model(model: StormForConditionalGeneration) -> str:
 
     Tensors above 4 MiB are sampled: enough to tell two trainings apart, not to tell that somebody tampered.
     """
-    values = model.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        values.pop(name, None)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    values = _without_run_time(json.loads(json.dumps(model.config.to_dict(), default=str)))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         _hash_tensor(digest, tensor)
     return digest.hexdigest()[:16]
+
+
+def _without_run_time(values: Any) -> Any:
+    """Return a configuration, at any depth, without what says nothing of the model; the weights' own dtypes do."""
+    if not isinstance(values, dict):
+        return values
+    left_out = ("transformers_version", "_name_or_path", "architectures", "dtype")
+    return {name: _without_run_time(value) for name, value in values.items() if name not in left_out}
 
 
 def _hash_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:

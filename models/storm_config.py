@@ -118,3 +118,7 @@ class StormConfig(PreTrainedConfig):
         n_ids = self.get_text_config().vocab_size
         if not 0 <= self.video_token_id < n_ids:
             raise ValueError(f"video_token_id is {self.video_token_id}; expected one of the vocabulary's {n_ids} ids")
+
+
+# So that AutoConfig, AutoTokenizer and whoever uses them understand a checkpoint's folder.
+AutoConfig.register(StormConfig.model_type, StormConfig, exist_ok=True)

@@ -59,11 +59,11 @@ class Clip:
         return _with_camera(frames, np.random.default_rng([self.seed, 13])) if self.augment else frames
 
 
-def world_of(seed: int, kind: str, n_frames: int = 64, size_px: int = 64) -> ShapesWorld:
+def world_of(seed: int, kind: str, needle_frames: int = 64, size_px: int = 64) -> ShapesWorld:
     """Return a world of one of `WORLDS`.
 
     ``shapes`` is busy: one to three objects at a time, and more changes than the demo's feed has. ``needles`` is dull:
-    at most one object at a time and little change, with one to two needles in `n_frames` frames on average.
+    at most one object at a time and little change, with one to two needles in `needle_frames` frames on average.
 
     Raises:
         ValueError: On an unknown kind.
@@ -81,7 +81,7 @@ def world_of(seed: int, kind: str, n_frames: int = 64, size_px: int = 64) -> Sha
             )
         )
     if kind == "needles":
-        per_min = float(rng.uniform(1.0, 2.2)) * 60.0 * FPS / n_frames
+        per_min = float(rng.uniform(1.0, 2.2)) * 60.0 * FPS / needle_frames
         return ShapesWorld(
             ShapesSpec(
                 seed=seed,
@@ -115,6 +115,7 @@ def make_clip(
     size_px: int = 64,
     backwards: bool | None = None,
     augment: bool = True,
+    needle_frames: int | None = None,
 ) -> Clip:
     """Choose a clip: its world, the time in it, its direction and its light all follow from the seed.
 
@@ -125,9 +126,11 @@ def make_clip(
         size_px: Side of a frame.
         backwards: Play it backwards, or not; None tosses a coin.
         augment: Vary brightness and contrast, and add a little noise, as a camera and a codec do.
+        needle_frames: Frames in which one to two needles come on average, where the kind has needles; by default
+            the whole clip.
     """
     rng = np.random.default_rng([seed, 7])
-    world = world_of(seed, kind, n_frames, size_px)
+    world = world_of(seed, kind, needle_frames or n_frames, size_px)
     start_s = round(float(rng.uniform(0.0, 60.0)), 3)
     coin = bool(rng.random() < 0.5)
     return Clip(seed, world, start_s, n_frames, coin if backwards is None else backwards, augment)

@@ -59,8 +59,12 @@ class Task:
         shares = np.cumsum([self.stage.worlds[kind] for kind in kinds])
         kind = kinds[int(np.searchsorted(shares, (index * 0.6180339887) % 1.0 * shares[-1], side="right"))]
         stream = (self.seed * 8 + self.stage_index) % 256
-        seed = seed_of(index, stream, held_out=held_out)
-        return make_clip(seed, self.stage.clip_frames, kind, size_px=self.model.config.image_size)
+        seed, n_frames = seed_of(index, stream, held_out=held_out), self.stage.clip_frames
+        # Windows of all lengths shall have needles: as many in a short stretch as in the whole clip.
+        shortest = min(64, n_frames)
+        needle_frames = round(shortest * (n_frames / shortest) ** ((index * 0.7548776662) % 1.0))
+        size_px = self.model.config.image_size
+        return make_clip(seed, n_frames, kind, size_px=size_px, needle_frames=needle_frames)
 
     def _pixels(self, clips: list[Clip]) -> Tensor:
         frames = torch.stack([self.processor.prepare_frames(clip.render()) for clip in clips])

@@ -1,0 +1,99 @@
+"""Getting a model by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stormline.models import loading
+from stormline.models.compress import VideoChunk
+from stormline.models.generation import VideoPrompt, generate_answers
+from stormline.models.loading import build_untrained_tiny, fingerprint_model, load_model, save_model
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "my-model"
+    save_model(path, *build_untrained_tiny(seed=3))
+    return path
+
+
+def test_load_when_nothing_is_named_and_no_checkpoint_is_there_then_untrained(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "DEFAULT_FOLDER", tmp_path / "missing")
+
+    loaded = load_model(None, device="cpu")
+
+    assert (loaded.name, loaded.trained) == ("untrained-tiny", False)
+    assert not loaded.model.training
+    assert loaded.model.encode_clip(FRAMES).shape == (32, 192)
+
+
+def test_load_when_nothing_is_named_and_a_checkpoint_is_there_then_it(monkeypatch, folder):
+    monkeypatch.setattr(loading, "DEFAULT_FOLDER", folder)
+
+    assert load_model(None, device="cpu").name == "my-model"
+
+
+def test_load_when_saved_then_tokens_answers_and_fingerprint_are_the_same(folder):
+    model, processor = build_untrained_tiny(seed=3)
+    loading.use_exact_decoding(model)
+
+    loaded = load_model(folder, device="cpu")
+
+    tokens = model.encode_clip(FRAMES)
+    prompt = VideoPrompt("What moves?", (VideoChunk(0, 3, tokens.numpy()),), max_new_tokens=8)
+    assert torch.equal(loaded.model.encode_clip(FRAMES), tokens)
+    assert generate_answers(loaded.model, loaded.processor, [prompt]) == generate_answers(model, processor, [prompt])
+    assert loaded.fingerprint == fingerprint_model(model)
+    assert loaded.name == "my-model"
+
+
+def test_fingerprint_when_weights_or_settings_differ_then_it_does():
+    model, _ = build_untrained_tiny()
+    first = fingerprint_model(model)
+
+    assert fingerprint_model(build_untrained_tiny()[0]) == first
+    assert fingerprint_model(build_untrained_tiny(seed=1)[0]) != first
+    with torch.no_grad():
+        model.multi_modal_projector.linear_1.bias[0] += 1e-3
+    changed = fingerprint_model(model)
+    assert changed != first
+    model.config.chunk_frames = 8
+    assert fingerprint_model(model) != changed
+
+
+def test_load_when_asked_wrongly_then_says_what_was_expected(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder here; expected one, or a hub id"):
+        load_model("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="dtype is 'int8'; expected 'auto' or one of"):
+        load_model(folder, dtype="int8")
+
+
+def test_load_when_the_folder_mixes_two_models_then_raises(tmp_path):
+    save_model(tmp_path, *build_untrained_tiny())
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": 96}))
+
+    with pytest.raises(ValueError, match="The folder mixes files of two models"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_load_when_bfloat16_is_asked_for_then_streams_and_answers_in_it(folder):
+    loaded = load_model(folder, device="cpu", dtype="bfloat16")
+
+    tokens = loaded.model.encode_clip(FRAMES)
+    full = load_model(folder, device="cpu").model.encode_clip(FRAMES)
+    [answer] = generate_answers(
+        loaded.model, loaded.processor, [VideoPrompt("?", (VideoChunk(0, 3, tokens.numpy()),), max_new_tokens=4)]
+    )
+
+    assert loaded.model.dtype == torch.bfloat16
+    assert torch.cosine_similarity(tokens.float().flatten(), full.float().flatten(), dim=0) > 0.99
+    assert answer.generated_tokens == 4
