@@ -7,10 +7,10 @@ measured on CPU in float32:
 1. The decoding batch always has `fixed_batch` rows, empty ones included: a matrix product may round differently for
    another number of rows, but did not for another row of the same batch of eight.
 2. Caches are padded on the left to a multiple of 16 tokens: vectorised sums then group the same numbers together.
-3. Attention of the one new token is two plain products (`use_exact_decoding`): with several threads, torch's fused
-   CPU kernel rounds differently in different rows.
+3. Attention of the one new token is two plain products (`use_exact_decoding`): torch's fused CPU kernel rounds
+   differently for another length of padding, and with several threads also from row to row.
 
-That is a measurement (x86, torch 2.13, 1 to 4 threads), which the tests repeat, and no promise of every BLAS. On CUDA,
+That is a measurement (x86, torch 2.13, 1 and 2 threads), which the tests repeat, and no promise of every BLAS. On CUDA,
 and in half precision, rounding may depend on the batch, so a near tie may fall otherwise; `fixed_batch=1` then makes
 answers independent again, one after the other.
 """

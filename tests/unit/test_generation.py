@@ -89,7 +89,7 @@ def test_generate_when_companions_change_then_logits_are_bit_for_bit_the_same(lo
 def test_generate_when_two_threads_share_a_batch_then_logits_are_still_the_same(loaded, set_threads):
     # Little of it: threads that wait for each other on busy cores take a hundred times longer than one.
     set_threads(2)
-    prompts = [make_prompt(1, video=n, text="What?" + " x" * n, max_new_tokens=3) for n in range(8)]
+    prompts = [make_prompt(1, video=n, text="What?" + " x" * n, max_new_tokens=2) for n in range(8)]
 
     together = record_logits(loaded, prompts)
 
