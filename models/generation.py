@@ -35,6 +35,7 @@ from .storm import StormForConditionalGeneration
 
 FIXED_BATCH = 8  # on CPU eight rows cost a fifth more than one
 ALIGN_TOKENS = 16  # float32 numbers in the widest vector, AVX-512
+ROOM_TOKENS = 64  # by which a cache grows; a caption needs one such step or two
 EXACT_ATTENTION = "stormline_exact"
 UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
 
@@ -301,10 +302,13 @@ def _join_caches(caches: Sequence[DynamicCache], n_rows: int) -> tuple[DynamicCa
     longest = max(cache.get_seq_length() for cache in caches)
     n_cached = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
     joined = DynamicCache()
-    for i, same in enumerate(zip(*layers, strict=True)):
-        keys = _pad_rows([layer.keys for layer in same], n_rows, n_cached)
-        values = _pad_rows([layer.values for layer in same], n_rows, n_cached)
-        joined.update(keys, values, i)
+    roomy: list[Any] = [
+        _RoomyLayer(
+            *(_pad_rows(parts, n_rows, n_cached) for parts in zip(*((x.keys, x.values) for x in same), strict=True))
+        )
+        for same in zip(*layers, strict=True)
+    ]
+    joined.layers = roomy
     return joined, n_cached
 
 
@@ -315,6 +319,30 @@ def _pad_rows(parts: Sequence[Any], n_rows: int, n_cached: int) -> Tensor:
     for i, part in enumerate(parts):
         padded[i, :, n_cached - part.shape[2] :] = part[0]
     return padded
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer that keeps room for what comes: a copy per token would cost more than the attention itself."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._key_room, self._value_room = _add_room(keys), _add_room(values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        while stop > self._key_room.shape[2]:
+            self._key_room, self._value_room = _add_room(self._key_room), _add_room(self._value_room)
+        self._key_room[:, :, start:stop] = key_states
+        self._value_room[:, :, start:stop] = value_states
+        self.keys, self.values = self._key_room[:, :, :stop], self._value_room[:, :, :stop]
+        return self.keys, self.values
+
+
+def _add_room(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, ROOM_TOKENS))
 
 
 def _max_positions(model: StormForConditionalGeneration) -> int:

@@ -229,7 +229,7 @@ class Trainer:
         if found is None:
             return
         tensors, values = found
-        self._check_recipe(values["recipe"], values["stage"])
+        self._check_recipe(values["recipe"], values["stage"] + (values["step"] > 0))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model/{name}"])
@@ -238,11 +238,10 @@ class Trainer:
         self._meter = _Meter(**values["meter"])
         self._restored = {k: v for k, v in tensors.items() if not k.startswith("model/")}
 
-    def _check_recipe(self, saved: dict[str, Any], stage_index: int) -> None:
-        """Refuse another recipe; stages that have not begun may differ."""
+    def _check_recipe(self, saved: dict[str, Any], n_begun: int) -> None:
+        """Refuse another recipe; stages after the first `n_begun` may differ."""
         recipe = json.loads(json.dumps(self.recipe.to_dict()))
-        begun = slice(0, stage_index + 1)
-        got, expected = ({**r, "stages": r["stages"][begun]} for r in (saved, recipe))
+        got, expected = ({**r, "stages": r["stages"][:n_begun]} for r in (saved, recipe))
         if got != expected:
             different = sorted(k for k in expected if got.get(k) != expected[k])
             raise ValueError(
