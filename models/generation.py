@@ -18,7 +18,6 @@ answers independent again, one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .compress import VideoChunk
 from .processing import Prompt, StormProcessor
+from .prompts import VideoAnswer, VideoPrompt
 from .storm import StormForConditionalGeneration
 
 FIXED_BATCH = 8  # on CPU eight rows cost a fifth more than one
@@ -38,42 +37,6 @@ ALIGN_TOKENS = 16  # float32 numbers in the widest vector, AVX-512
 ROOM_TOKENS = 64  # by which a cache grows; a caption needs one such step or two
 EXACT_ATTENTION = "stormline_exact"
 UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
-
-
-@dataclass(frozen=True, eq=False)
-class VideoPrompt:
-    """A question about video, and how to answer it.
-
-    Raises:
-        ValueError: On a limit below 1 or a negative temperature.
-    """
-
-    text: str
-    chunks: tuple[VideoChunk, ...] = ()  # in time order
-    max_new_tokens: int = 64
-    temperature: float = 0.0  # 0 takes the likeliest token
-    seed: int = 0  # of this prompt's own randomness
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these
-    history: tuple[tuple[str, str], ...] = ()  # earlier turns, (role, text)
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 or more")
-        if not all(self.stop):
-            raise ValueError("stop has an empty text; expected texts of one character or more")
-
-
-@dataclass(frozen=True)
-class VideoAnswer:
-    """An answer, and what it took."""
-
-    text: str
-    prompt_tokens: int  # video tokens included
-    video_tokens: int
-    generated_tokens: int  # without the one that ends it
-    finish_reason: str  # stop: it ended, or met a stop text; length: it was cut off
 
 
 def use_exact_decoding(model: StormForConditionalGeneration) -> None:

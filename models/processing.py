@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .compress import VideoChunk
+from .selection import VideoChunk
 
 CONFIG_FILE = "processor_config.json"
 

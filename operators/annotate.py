@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from ..models.compress import VideoChunk, select_chunks
-from ..models.generation import VideoAnswer, VideoPrompt
+from ..models.prompts import VideoAnswer, VideoPrompt
+from ..models.selection import VideoChunk, select_chunks
 from .ordering import Turnstile
 from .rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Result, Row, rows_of
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot

@@ -11,9 +11,11 @@ import typer
 from ..operators.errors import SettingsError, StormlineError
 from .commands.broker import broker
 from .commands.demo import demo
+from .commands.eval import evaluate_model
 from .commands.publish import publish
 from .commands.results import results
 from .commands.run import run
+from .commands.train import train
 
 app = typer.Typer(
     name="stormline",
@@ -24,8 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, results):
+for command in (demo, broker, publish, run, results, train):
     app.command()(command)
+app.command("eval")(evaluate_model)
 
 
 def _show_version(wanted: bool) -> None:

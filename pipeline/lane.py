@@ -14,12 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from ..models.loading import LoadedModel, load_model
 from ..operators import annotate as annotate_step
 from ..operators import encode as encode_step
 from ..operators.annotate import Annotate
@@ -34,6 +33,9 @@ from .kafka_source import KafkaSource, SourcePlan
 from .parquet_sink import EpochWriter
 from .serving import LlmClient, StoreClient
 from .settings import ModelSettings, Settings
+
+if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +141,8 @@ class LoadFromSettings:
 
     def __call__(self) -> LoadedModel:
         """Return the model."""
+        from ..models.loading import load_model
+
         return load_model(self.model.path, device=self.model.device, dtype=self.model.dtype)
 
 

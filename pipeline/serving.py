@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import serve
 
-from ..models.generation import VideoAnswer, VideoPrompt
+from ..models.prompts import VideoAnswer, VideoPrompt
 from ..operators.errors import ServiceError
 from ..operators.rows import Chunk
 from .settings import Settings

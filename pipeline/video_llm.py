@@ -9,7 +9,7 @@ from typing import Any
 
 from ray import serve
 
-from ..models.generation import VideoAnswer, VideoPrompt
+from ..models.prompts import VideoAnswer, VideoPrompt
 from .settings import LlmSettings, ModelSettings
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compress import VideoChunk, select_chunks
-from ..generation import VideoPrompt, generate_answers
+from ..generation import generate_answers
 from ..loading import LoadedModel
+from ..prompts import VideoPrompt
+from ..selection import VideoChunk, select_chunks
 from .clips import FPS, Clip, make_clip, seed_of
 from .questions import KINDS, NEEDLE_KINDS, ORDER_NEEDED, Question, ask, caption_recall, exact
 

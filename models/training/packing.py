@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compress import VideoChunk
 from ..processing import StormProcessor
+from ..selection import VideoChunk
 from .questions import Question
 
 _PADDING, _VIDEO = -1, 0  # segments; texts count from 1

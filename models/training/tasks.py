@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from ..compress import VideoChunk, select_chunks
 from ..processing import StormProcessor
+from ..selection import VideoChunk, select_chunks
 from ..storm import StormForConditionalGeneration
 from .clips import FPS, Clip, label_places, make_clip, seed_of
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stormline.models.generation import VideoAnswer
+from stormline.models.prompts import VideoAnswer
 from stormline.operators.annotate import Annotate
 from stormline.operators.rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Position, SegmentMeta, rows_of
 

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stormline.models.compress import (
-    POLICIES,
-    VideoChunk,
-    pool_tokens,
-    select_chunks,
-    spatial_pool,
-    temporal_pool,
-)
+from stormline.models.compress import spatial_pool, temporal_pool
+from stormline.models.selection import POLICIES, VideoChunk, pool_tokens, select_chunks
 
 D = 8
 

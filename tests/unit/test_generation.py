@@ -11,16 +11,15 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from stormline.models.compress import VideoChunk
 from stormline.models.generation import (
-    VideoAnswer,
-    VideoPrompt,
     check_prompt,
     generate_answers,
     stream_answer,
     use_exact_decoding,
 )
 from stormline.models.loading import build_untrained_tiny, load_model
+from stormline.models.prompts import VideoAnswer, VideoPrompt
+from stormline.models.selection import VideoChunk
 from stormline.models.storm import StormForConditionalGeneration
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("models", "infra", "operators", "pipeline")
 
@@ -89,3 +91,14 @@ def test_watch_when_a_module_acts_at_import_then_it_is_seen(tmp_path):
     seen = watch(["guilty"], [tmp_path], tmp_path)
 
     assert ["open" in seen[0], "socket.bind" in seen[1], "subprocess.Popen" in seen[2]] == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.cli", "pipeline.lane", "pipeline.serving", "pipeline.supervisor", "operators.annotate"]
+)
+def test_module_when_it_only_asks_then_starts_without_torch(module):
+    code = f"import sys, stormline.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert loaded.stdout.splitlines()[-1:] == ["[]"], loaded.stderr

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from stormline.models import loading
-from stormline.models.compress import VideoChunk
-from stormline.models.generation import VideoPrompt, generate_answers
+from stormline.models.generation import generate_answers
 from stormline.models.loading import build_untrained_tiny, fingerprint_model, load_model, save_model
+from stormline.models.prompts import VideoPrompt
+from stormline.models.selection import VideoChunk
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from stormline.models.compress import VideoChunk
 from stormline.models.processing import StormProcessor, format_time, normalise_frames
+from stormline.models.selection import VideoChunk
 from stormline.models.tokenizer import SPECIAL_TOKENS, build_tokenizer, sample_corpus
 
 D = 8

@@ -1,0 +1,206 @@
+"""Fewer video tokens at question time: selection under a budget, over tokens that may be hours old.
+
+    recent         the newest chunks, whole
+    uniform        evenly spaced chunks, whole: STORM's test-time sampling (half the tokens as budget: keep one in two)
+    global_local   everything before, pooled, then a recent part in detail: after ST-LLM (arXiv 2404.00308)
+    relevant       the chunks nearest to the question, whole
+
+Selection is numpy on CPU, exact and repeatable: the same chunks and budget always give the same tokens. Nothing here
+needs torch, so that steps that only choose and ask start without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+POLICIES = ("recent", "uniform", "global_local", "relevant")
+LOCAL_SHARE = 0.5  # of the budget that `global_local` gives to the recent part
+
+
+@dataclass(frozen=True, eq=False)
+class VideoChunk:
+    """Video tokens with the time that they stand for.
+
+    Raises:
+        ValueError: If `tokens` is not a matrix, or the chunk ends before it starts.
+    """
+
+    start_s: float  # of its first frame, on whatever clock the prompt shall show
+    end_s: float
+    tokens: np.ndarray = field(repr=False)  # (n_tokens, d_model) float16, in time order
+
+    def __post_init__(self):
+        if self.tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {self.tokens.shape}; expected (n_tokens, d_model)")
+        if not self.end_s >= self.start_s:
+            raise ValueError(
+                f"chunk runs from {self.start_s} s to {self.end_s} s; expected an end at or after its start"
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Return how many video tokens it holds."""
+        return self.tokens.shape[0]
+
+
+def select_chunks(
+    chunks: Sequence[VideoChunk], budget_tokens: int, policy: str, *, question: np.ndarray | None = None
+) -> list[VideoChunk]:
+    """Choose what of a video the language model shall see.
+
+    Everything is returned as it is where it fits the budget. A policy that keeps chunks whole falls back to pooling
+    a single chunk where the budget is smaller than it, so that the answer never has nothing to look at.
+
+    Args:
+        chunks: In time order, of one d_model; may be empty.
+        budget_tokens: The most video tokens to return, 1 or more.
+        policy: One of `POLICIES`.
+        question: (d_model,) embedding of the question (`StormForConditionalGeneration.embed_text`); for `relevant`.
+
+    Returns:
+        Chunks in time order, together at most `budget_tokens` tokens. A chunk that stands for several carries the
+        time from the first one's start to the last one's end.
+
+    Raises:
+        ValueError: On an unknown policy, a budget below 1, chunks out of order or of different widths, or a missing
+            question.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"token policy is {policy!r}; expected one of {POLICIES}")
+    if budget_tokens < 1:
+        raise ValueError(f"budget is {budget_tokens} tokens; expected 1 or more")
+    _check_chunks(chunks)
+    if policy == "relevant":
+        _check_question(chunks, question)
+    chunks = [chunk for chunk in chunks if chunk.n_tokens]
+    if sum(chunk.n_tokens for chunk in chunks) <= budget_tokens:
+        return chunks
+    if policy == "recent":
+        return _select_best(chunks, budget_tokens, range(len(chunks) - 1, -1, -1), stop_at_first_misfit=True)
+    if policy == "uniform":
+        return _select_uniform(chunks, budget_tokens)
+    if policy == "global_local":
+        return _select_global_local(chunks, budget_tokens)
+    assert question is not None
+    return _select_best(chunks, budget_tokens, rank_by_relevance(chunks, question))
+
+
+def rank_by_relevance(chunks: Sequence[VideoChunk], question: np.ndarray) -> list[int]:
+    """Rank chunks by the cosine between the question and the nearest of each chunk's tokens.
+
+    The nearest and not the mean: a thing asked for is seen at a few places only. Of equals the newer comes first.
+
+    Args:
+        chunks: Of d_model, each with one token or more.
+        question: (d_model,) embedding.
+
+    Returns:
+        Indices into `chunks`, best first.
+    """
+    q = question.astype(np.float64)
+    q /= max(float(np.linalg.norm(q)), 1e-12)
+    scores = []
+    for chunk in chunks:
+        tokens = chunk.tokens.astype(np.float64)
+        norms = np.maximum(np.linalg.norm(tokens, axis=1), 1e-12)
+        scores.append(float((tokens @ q / norms).max()))
+    return sorted(range(len(chunks)), key=lambda i: (-scores[i], -i))
+
+
+def pool_tokens(tokens: np.ndarray, n_tokens: int) -> np.ndarray:
+    """Average runs of neighbouring tokens, as equal in length as can be, down to `n_tokens`.
+
+    Args:
+        tokens: (n, d_model), n of 1 or more.
+        n_tokens: 1 or more; where it is n or more, nothing changes.
+
+    Returns:
+        (min(n, n_tokens), d_model) in the same dtype; averaged in float32.
+    """
+    if n_tokens >= tokens.shape[0]:
+        return tokens
+    runs = np.array_split(tokens.astype(np.float32), n_tokens)
+    return np.stack([run.mean(axis=0) for run in runs]).astype(tokens.dtype)
+
+
+def _select_best(
+    chunks: Sequence[VideoChunk], budget_tokens: int, order: Sequence[int], *, stop_at_first_misfit: bool = False
+) -> list[VideoChunk]:
+    """Take whole chunks in `order` while they fit; return them in time order."""
+    taken, left = [], budget_tokens
+    for i in order:
+        if chunks[i].n_tokens <= left:
+            taken.append(i)
+            left -= chunks[i].n_tokens
+        elif stop_at_first_misfit:
+            break
+    if not taken:
+        return [_pooled(chunks[order[0]], budget_tokens)]
+    return [chunks[i] for i in sorted(taken)]
+
+
+def _select_uniform(chunks: Sequence[VideoChunk], budget_tokens: int) -> list[VideoChunk]:
+    """Take as many evenly spaced whole chunks as fit, the newest always among them."""
+    n = len(chunks)
+    most = budget_tokens // min(chunk.n_tokens for chunk in chunks)
+    for n_taken in range(min(n - 1, most), 0, -1):
+        taken = [chunks[(i + 1) * n // n_taken - 1] for i in range(n_taken)]
+        if sum(chunk.n_tokens for chunk in taken) <= budget_tokens:
+            return taken
+    return [_pooled(chunks[-1], budget_tokens)]
+
+
+def _select_global_local(chunks: Sequence[VideoChunk], budget_tokens: int) -> list[VideoChunk]:
+    """Give the newest chunks their share whole, and pool everything before into the rest of the budget."""
+    n_local, local_tokens = 0, 0
+    for chunk in reversed(chunks):
+        if local_tokens + chunk.n_tokens > budget_tokens * LOCAL_SHARE:
+            break
+        n_local += 1
+        local_tokens += chunk.n_tokens
+    split = len(chunks) - n_local
+    return [*_pool_chunks(chunks[:split], budget_tokens - local_tokens), *chunks[split:]]
+
+
+def _pool_chunks(chunks: Sequence[VideoChunk], budget_tokens: int) -> list[VideoChunk]:
+    """Pool chunks into the budget: fewer tokens for each, and where there are more chunks than tokens, joined ones."""
+    n_groups = min(len(chunks), budget_tokens)
+    edges = np.linspace(0, len(chunks), n_groups + 1).astype(int)
+    groups = [chunks[a:b] for a, b in pairwise(edges)]
+    share, extra = divmod(budget_tokens, n_groups)
+    # What does not divide goes to the newest groups.
+    return [_join(group, share + (i >= n_groups - extra)) for i, group in enumerate(groups)]
+
+
+def _join(group: Sequence[VideoChunk], n_tokens: int) -> VideoChunk:
+    tokens = np.concatenate([chunk.tokens for chunk in group])
+    return VideoChunk(group[0].start_s, max(chunk.end_s for chunk in group), pool_tokens(tokens, n_tokens))
+
+
+def _pooled(chunk: VideoChunk, n_tokens: int) -> VideoChunk:
+    return _join([chunk], n_tokens)
+
+
+def _check_chunks(chunks: Sequence[VideoChunk]) -> None:
+    for i in range(1, len(chunks)):
+        before, chunk = chunks[i - 1], chunks[i]
+        if chunk.start_s < before.start_s:
+            raise ValueError(
+                f"chunk {i} starts at {chunk.start_s} s, after one at {before.start_s} s; expected them in time order"
+            )
+        if chunk.tokens.shape[1] != before.tokens.shape[1]:
+            raise ValueError(
+                f"chunk {i} has tokens of width {chunk.tokens.shape[1]}; expected {before.tokens.shape[1]} as before. "
+                "Tokens of two models cannot be mixed: choose a range that one model encoded"
+            )
+
+
+def _check_question(chunks: Sequence[VideoChunk], question: np.ndarray | None) -> None:
+    if question is None:
+        raise ValueError("policy 'relevant' got no question; expected its embedding, see embed_text of the model")
+    if chunks and question.shape != (chunks[0].tokens.shape[1],):
+        raise ValueError(f"question has shape {question.shape}; expected ({chunks[0].tokens.shape[1]},) like a token")
