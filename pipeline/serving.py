@@ -53,6 +53,7 @@ def _deploy(settings: Settings) -> None:
     from .video_llm import VideoLLM
 
     serve.start(proxy_location="Disabled")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps are told in our own words
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -337,6 +338,8 @@ def root_cause(error: BaseException) -> str:
 @contextmanager
 def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[None]:
     """Use the running Ray, or start one for the time of the block and shut it down after it."""
+    if "ray" not in sys.modules:  # which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
     import ray
 
     if ray.is_initialized():
@@ -355,7 +358,6 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     else:
         options["address"] = settings.ray.address
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
     try:
         with keep_signal_handlers():
             ray.init(**options)
