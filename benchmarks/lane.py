@@ -26,16 +26,9 @@ from ray.data import DataContext
 from stormline.infra.broker import EmbeddedBroker
 from stormline.operators.decode import Decode
 from stormline.operators.rows import Segment
+from stormline.pipeline.endless_dataset import actor_step, build_dataset, lane_context
 from stormline.pipeline.kafka_source import KafkaSource, SourcePlan, list_partitions, read_forever
-from stormline.pipeline.lane import (
-    ANNOTATE_CPUS,
-    DECODE_CPUS,
-    ENCODE_CPUS,
-    actor_step,
-    build_dataset,
-    iter_rows,
-    lane_context,
-)
+from stormline.pipeline.lane import ANNOTATE_CPUS, DECODE_CPUS, ENCODE_CPUS, iter_rows
 from stormline.pipeline.publish.publisher import publish_source
 from stormline.pipeline.settings import load_settings
 

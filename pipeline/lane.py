@@ -2,8 +2,7 @@
 
     source ─▶ decode (actor pool, ordered) ─▶ encode (one actor) ─▶ annotate (one actor, async) ─▶ commit (here)
 
-Ray Data is built for work that ends. What makes it run for ever, row by row, is set in `lane_context` and
-`build_dataset`, each line with its reason; the tests hold the behaviour for the pinned minor version of Ray.
+Ray Data is built for work that ends; what makes it run for ever, row by row, is in `endless_dataset`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.data._internal.execution import streaming_executor_state
+from ray.data import DataContext, Dataset
 
 from ..operators import annotate as annotate_step
 from ..operators import encode as encode_step
@@ -30,6 +28,7 @@ from ..operators.rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, Resul
 from ..operators.sampling import GridSpec
 from . import kafka_source
 from .checkpoint import LaneStart
+from .endless_dataset import actor_step, build_dataset, lane_context
 from .kafka_source import KafkaSource, SourcePlan
 from .parquet_sink import EpochWriter
 from .serving import LlmClient, StoreClient
@@ -40,12 +39,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROWS_IN_FLIGHT = 8  # between two steps: what keeps both busy over a turn of the executor
-EXECUTOR_TURN_S = 0.02  # shorter costs more CPU than it saves time
 LATENCY_SAMPLES = 4096  # of the newest committed records, for percentiles
 # Logical CPUs of the parts of a lane, for Ray's scheduling: small, because a lane's parts wait for each other, and
-# because Ray would otherwise leave a part unscheduled on a small machine. They sum up to 1 with two decoders.
-SOURCE_CPUS, DECODE_CPUS, ENCODE_CPUS, ANNOTATE_CPUS, LANE_CPUS = 0.1, 0.2, 0.25, 0.1, 0.1
+# because Ray would otherwise leave a part unscheduled on a small machine. With the source and two decoders they sum
+# up to 1.
+DECODE_CPUS, ENCODE_CPUS, ANNOTATE_CPUS, LANE_CPUS = 0.2, 0.25, 0.1, 0.1
 
 
 @dataclass(frozen=True)
@@ -80,64 +78,6 @@ class LaneStatus:
     last_barrier_s: float  # age of the newest barrier
     idle_s: float  # since the newest row that was not a barrier
     newest: tuple[Result, ...] = ()  # results of the newest epochs, for a live view
-
-
-def lane_context(context: DataContext) -> None:
-    """Set up Ray Data for an execution that never ends and hands every row on at once."""
-    context.target_max_block_size = 1  # a row leaves at once; at the default nothing leaves until 128 MB
-    context.execution_options.preserve_order = True
-    context._max_num_blocks_in_streaming_gen_buffer = ROWS_IN_FLIGHT
-    context.execution_no_progress_timeout_s = -1  # a feed may be silent for a night
-    context.actor_task_retry_on_errors = False  # a retried call would meet a state that has moved on
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.enable_auto_log_stats = False
-    # Each turn of the executor waits until all its tasks have something, and a source has not: for this long, always.
-    # At Ray's 0.1 s a row takes half a second through five steps.
-    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = EXECUTOR_TURN_S
-
-
-def build_dataset(source: KafkaSource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:
-    """Chain the steps behind the source.
-
-    Args:
-        source: The lane's source.
-        steps: By name, in order: each takes the dataset so far and adds its own `map_batches`.
-    """
-    dataset = ray.data.read_datasource(
-        source,
-        override_num_blocks=1,  # else a SplitBlocks step is added, which waits for the end
-        num_cpus=SOURCE_CPUS,
-        ray_remote_args={"max_retries": 0},  # a source that starts over would repeat rows
-    )
-    for add in steps.values():
-        dataset = add(dataset)
-    return dataset
-
-
-def actor_step(
-    step: type, kwargs: Mapping[str, Any], *, size: int = 1, calls: int = 1, num_cpus: float, num_gpus: float = 0
-) -> Callable[[Dataset], Dataset]:
-    """Return a `build_dataset` step that runs a callable class in actors that are never restarted."""
-
-    def add(dataset: Dataset) -> Dataset:
-        return dataset.map_batches(
-            step,
-            batch_size=None,  # a block is a row: nothing is gathered or split
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(
-                size=size,
-                max_concurrent_calls_per_actor=calls,
-                max_tasks_in_flight_per_actor=max(ROWS_IN_FLIGHT, calls),
-            ),
-            fn_constructor_kwargs=dict(kwargs),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,  # a restarted actor would go on with an empty state, silently
-            max_task_retries=0,
-        )
-
-    return add
 
 
 @dataclass(frozen=True)

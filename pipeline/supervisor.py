@@ -354,6 +354,8 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
             "object_store_memory": settings.ray.object_store_bytes,
             "include_dashboard": False,
             "address": "local",
+            # Ray's history of tasks would grow to hundreds of MB before it forgets the first of a lane's calls.
+            "_system_config": {"task_events_max_num_task_in_gcs": 2000},
         }
     else:
         options["address"] = settings.ray.address

@@ -72,6 +72,9 @@ class Stage:
         worlds: For each kind of world, its share of the clips.
         cached_streams: Encode so many clips once, keep their tokens on disk, and train on those; needs the encoder
             to be frozen. 0: encode as it goes.
+        data: A folder, .jsonl or .parquet of real video with text, see `pairs`; nothing: the world of shapes. A clip
+            is then a stretch of video as `clip_frames` evenly spaced frames, read whole: `window_chunks`, `worlds` and
+            `weights` do not apply.
         bfloat16: Compute the language model in bfloat16 also on a CPU; on CUDA everything trains so.
     """
 
@@ -92,6 +95,7 @@ class Stage:
     only: bool = False
     worlds: Mapping[str, float] = field(default_factory=lambda: {"shapes": 1.0})
     cached_streams: int = 0
+    data: str | None = None
     bfloat16: bool = False
 
     def __post_init__(self) -> None:
@@ -118,6 +122,8 @@ class Stage:
             )
         if any(self.budget_tokens) and not self.cached_streams:
             raise ValueError(f"{where}: budget_tokens is {self.budget_tokens} without cached_streams; expected both")
+        if self.data is not None and self.task != "text":
+            raise ValueError(f"{where}: data is {self.data!r} for task {self.task!r}; expected task 'text'")
         if self.budget_tokens and len(self.budget_tokens) != len(self.window_chunks):
             raise ValueError(
                 f"{where}: budget_tokens has {len(self.budget_tokens)} entries; expected one for each of the "
@@ -146,7 +152,8 @@ class Recipe:
         chunk = self.model.chunk_frames
         for stage in self.stages:
             if stage.task == "text" and (
-                stage.clip_frames % chunk or max(stage.window_chunks) * chunk > stage.clip_frames
+                stage.clip_frames % chunk
+                or (stage.data is None and max(stage.window_chunks) * chunk > stage.clip_frames)
             ):
                 raise ValueError(
                     f"stage {stage.name!r}: clip_frames is {stage.clip_frames}; expected a multiple of the model's "

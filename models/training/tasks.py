@@ -19,6 +19,7 @@ from ..storm import StormForConditionalGeneration
 from .clips import FPS, Clip, label_places, make_clip, seed_of
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
 from .packing import TextBatch, TextPacker, TextRow, collate
+from .pairs import PairClip, read_pairs, split_pairs
 from .questions import ask
 from .recipe import Recipe, Stage
 from .token_cache import TokenCache, encode_clips, fill_cache
@@ -123,7 +124,8 @@ class TextTask(Task):
         """Encode the stage's clips, where it says so."""
         if self.stage.cached_streams:
             self.model.eval()
-            key = f"{self.seed} {self.stage_index} {self.stage.clip_frames} {dict(self.stage.worlds)}"
+            worlds = dict(self.stage.worlds)
+            key = f"{self.seed} {self.stage_index} {self.stage.clip_frames} {self.stage.data or worlds}"
             n = self.stage.cached_streams
             self._cache = fill_cache(folder, self.model, self.processor, n, self.clip, key, on_clips=on_clips)
 
@@ -141,9 +143,7 @@ class TextTask(Task):
     def draw(self, step: int, held_out: bool = False) -> tuple[TextBatch, Tensor]:
         """Return a step's texts and the video tokens for their placeholders, (n, d_model)."""
         rng = np.random.default_rng([self.seed, self.stage_index, step, held_out])
-        which = int(rng.integers(len(self.stage.window_chunks)))
-        n_chunks = self.stage.window_chunks[which]
-        budget = self.stage.budget_tokens[which] if self.stage.budget_tokens else 0
+        n_chunks, budget = self._draw_length(rng)
         indices, firsts, rows = [], [], []
         for i in range(self.stage.batch):
             index, first, row = self._draw_row(rng, step * self.stage.batch + i, n_chunks, budget, held_out)
@@ -153,6 +153,11 @@ class TextTask(Task):
         pad = self.processor.tokenizer.pad_token_id
         batch = collate(rows, pad if isinstance(pad, int) else 0).to(self.model.device)
         return batch, self._tokens(indices, firsts, n_chunks, budget, held_out)
+
+    def _draw_length(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Draw the length of a step's windows in chunks, and the budget that goes with it."""
+        which = int(rng.integers(len(self.stage.window_chunks)))
+        return self.stage.window_chunks[which], self.stage.budget_tokens[which] if self.stage.budget_tokens else 0
 
     def _draw_row(
         self, rng: np.random.Generator, row: int, n_chunks: int, budget: int, held_out: bool
@@ -173,13 +178,18 @@ class TextTask(Task):
             if len(asked) >= self.stage.questions // 2:
                 break
         index, first, asked = best
-        starts_s = [k * size / FPS for k in range(n_chunks)]
-        counts = [self.model.config.n_tokens(size)] * n_chunks
+        starts_s, counts = self._places(n_chunks, budget, size / FPS)
+        return index, first, self._packer.pack(starts_s, counts, asked)
+
+    def _places(self, n_chunks: int, budget: int, chunk_s: float) -> tuple[list[float], list[int]]:
+        """Return when the chunks of a window that are shown start, and how many tokens each has."""
+        starts_s = [k * chunk_s for k in range(n_chunks)]
+        counts = [self.model.config.n_tokens(self.model.config.chunk_frames)] * n_chunks
         if budget:
             empty = [VideoChunk(s, s, np.zeros((n, 1), np.float16)) for s, n in zip(starts_s, counts, strict=True)]
             chosen = select_chunks(empty, budget, "global_local")
             starts_s, counts = [c.start_s for c in chosen], [c.n_tokens for c in chosen]
-        return index, first, self._packer.pack(starts_s, counts, asked)
+        return starts_s, counts
 
     def _tokens(self, indices: list[int], firsts: list[int], n_chunks: int, budget: int, held_out: bool) -> Tensor:
         if self._cache is not None and not held_out:
@@ -219,11 +229,43 @@ class TextTask(Task):
         return logits.float(), batch.targets
 
 
+class PairsTask(TextTask):
+    """Real video with texts: each stretch is read whole."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        assert self.stage.data is not None
+        pairs = read_pairs(self.stage.data)
+        self._pairs = {held_out: split_pairs(pairs, held_out) for held_out in (False, True)}
+
+    def _make_clip(self, index: int, held_out: bool) -> Any:
+        pairs = self._pairs[held_out]
+        turn, place = divmod(index, len(pairs))  # every pair once before any comes again
+        order = np.random.default_rng([self.seed, turn]).permutation(len(pairs))
+        return PairClip(pairs[order[place]], self.stage.clip_frames, self.model.config.image_size)
+
+    def _draw_length(self, rng: np.random.Generator) -> tuple[int, int]:
+        return self.stage.clip_frames // self.model.config.chunk_frames, max(self.stage.budget_tokens, default=0)
+
+    def _draw_row(
+        self, rng: np.random.Generator, row: int, n_chunks: int, budget: int, held_out: bool
+    ) -> tuple[int, int, TextRow]:
+        n_cached = self.stage.cached_streams
+        index = int(rng.integers(n_cached)) if n_cached and not held_out else row
+        clip: Any = self.clip(index, held_out)
+        asked = [clip.texts.questions[i] for i in rng.permutation(len(clip.texts.questions))[: self.stage.questions]]
+        chunk_s = clip.length_s() / n_chunks
+        starts_s, counts = self._places(n_chunks, budget, chunk_s)
+        return index, 0, self._packer.pack(starts_s, counts, asked)
+
+
 def build_task(
     stage: Stage, stage_index: int, recipe: Recipe, model: StormForConditionalGeneration, processor: StormProcessor
 ) -> Task:
     """Return what a stage learns."""
     kind = {"places": PlacesTask, "motions": MotionsTask, "text": TextTask}[stage.task]
+    if stage.data is not None:
+        kind = PairsTask
     return kind(stage, stage_index, recipe, model, processor)
 
 

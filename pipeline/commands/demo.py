@@ -15,11 +15,13 @@ import typer
 from ...operators.errors import SettingsError
 
 if TYPE_CHECKING:
+    from ..caption_check import CaptionCheck
     from ..settings import Settings
     from ..supervisor import RunStatus
 
 DEMO_TOPIC = "video"
 STREET, SHAPES = "street", "shapes"
+SHAPES_FEED = "shapes:?seed=7&size=256&fps=10"
 START_ALLOWANCE_S = 60  # of the announced time: Ray, the model three times, and the first chunks, on two cores
 END_ALLOWANCE_S = 20  # the last commit, and taking everything down
 
@@ -78,7 +80,7 @@ def demo_settings(bootstrap_servers: str, out: Path, lanes: int) -> Settings:
             "kafka": {"bootstrap_servers": bootstrap_servers, "topics": [DEMO_TOPIC]},
             "output": {"path": str(out)},
             "lanes": {"count": lanes, "barrier_interval_s": 1.0},
-            "queries": [{"id": "caption", "prompt": "Describe what happens.", "window_s": 4.0, "max_new_tokens": 24}],
+            "queries": [{"id": "caption", "prompt": "Describe what happens.", "window_s": 4.0, "max_new_tokens": 64}],
         }
     )
 
@@ -115,7 +117,7 @@ class _Demo:
             stack.enter_context(on_stop_signal(lambda: self._interrupt(supervisor.request_stop), self._progress.phase))
             publishers = [
                 self._publisher(broker.bootstrap_servers, str(self._video), STREET, loop=None),
-                self._publisher(broker.bootstrap_servers, "shapes:?seed=7&size=256&fps=10", SHAPES, loop=1),
+                self._publisher(broker.bootstrap_servers, SHAPES_FEED, SHAPES, loop=1),
             ]
             timer = threading.Timer(self._seconds, self._wind_down, [publishers, supervisor.request_stop])
             timer.daemon = True
@@ -171,11 +173,20 @@ class _Demo:
 
         return threading.Thread(target=publish, name=f"publish-{stream_id}", daemon=True)
 
+    def _check_captions(self) -> CaptionCheck:
+        from ...models.training.shapes import parse_shapes_url
+        from ..caption_check import check_captions
+
+        return check_captions(self._out, SHAPES, parse_shapes_url(SHAPES_FEED)[0])
+
     def _say_end(self, status: RunStatus) -> None:
         from ..progress import summary_table
 
         self._console.rule("interrupted: this was kept" if self._interrupted else "done")
-        self._console.print(summary_table(status, self._out))
+        table = summary_table(status, self._out)
+        if status.model_trained:
+            table.add_row("[dim]right captions of the shapes[/]", str(self._check_captions()))
+        self._console.print(table)
         if not status.model_trained:
             self._console.print(
                 "[yellow]The built-in model is not trained yet: its weights are random, so its captions are noise.[/] "

@@ -1,0 +1,164 @@
+"""Real video with text: pairs from a folder, JSON lines or Parquet, for the stages that name `data`.
+
+    folder     every video with a text file of the same name beside it (street.mp4, street.txt): its caption
+    .jsonl     a line each: {"video": "street.mp4", "answer": "Cars wait.", "prompt": …, "start_s": …, "stop_s": …}
+    .parquet   the same as columns; needs pyarrow
+
+`video` is relative to the file that names it. Without `prompt` the text is a caption; without `start_s` and `stop_s`
+it is about the whole video. Videos are decoded by transformers' `load_video`, which needs PyAV.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .questions import CAPTION_PROMPT, Question
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+HELD_OUT_EVERY = 10  # of the videos, one in so many is not trained on, where there are as many
+_KEYS = {"video", "answer", "prompt", "start_s", "stop_s"}
+_CLIPS_KEPT = 512  # decoded, 0.2 MB each at 16 frames of 64 px
+
+
+@dataclass(frozen=True)
+class VideoTexts:
+    """A stretch of a video, and what is asked and told about it."""
+
+    video: Path
+    start_s: float
+    stop_s: float | None  # None: to its end
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PairClip:
+    """A stretch of a video as `n_frames` evenly spaced frames."""
+
+    texts: VideoTexts
+    n_frames: int
+    size_px: int
+
+    def render(self) -> np.ndarray:
+        """Decode the frames: (n_frames, size, size, 3) uint8 RGB.
+
+        Raises:
+            ValueError: If the video cannot be decoded, or does not say how long it is.
+        """
+        return _decode(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[0]
+
+    def length_s(self) -> float:
+        """Return how much time the frames stand for. Raises as `render` does."""
+        return _decode(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[1]
+
+
+def read_pairs(source: str | Path) -> list[VideoTexts]:
+    """Read pairs; texts about the same stretch of a video come together.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or a video that it names is not there.
+        ValueError: If it holds no pair, or one that cannot be understood; the message says where.
+    """
+    path = Path(source)
+    if path.is_dir():
+        records = [
+            (f"{text}", video.parent, {"video": video.name, "answer": text.read_text(encoding="utf-8").strip()})
+            for video in sorted(path.rglob("*"))
+            if video.suffix.lower() in VIDEO_SUFFIXES and (text := video.with_suffix(".txt")).is_file()
+        ]
+    elif path.suffix == ".jsonl" and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [(f"{path}:{i}", path.parent, _parse(f"{path}:{i}", x)) for i, x in enumerate(lines, 1) if x.strip()]
+    elif path.suffix == ".parquet" and path.is_file():
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(path).to_pylist()
+        records = [(f"{path} row {i}", path.parent, row) for i, row in enumerate(rows)]
+    else:
+        raise FileNotFoundError(f"data is {str(source)!r}; expected a folder, or a .jsonl or .parquet file that exists")
+    if not records:
+        raise ValueError(
+            f"{path} holds no pair; expected videos ({' '.join(VIDEO_SUFFIXES)}) each with a .txt beside it, or lines"
+        )
+    return _grouped(records)
+
+
+def split_pairs(pairs: list[VideoTexts], held_out: bool) -> list[VideoTexts]:
+    """Return the pairs to train on, or those held out: every tenth video; all for both where there are fewer."""
+    videos = {video: i for i, video in enumerate(sorted({pair.video for pair in pairs}))}
+    if len(videos) < HELD_OUT_EVERY:
+        return pairs
+    return [p for p in pairs if (videos[p.video] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
+
+
+def _parse(where: str, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: got {type(record).__name__}; expected an object with video and answer")
+    return record
+
+
+def _grouped(records: Iterable[tuple[str, Path, Mapping[str, Any]]]) -> list[VideoTexts]:
+    groups: dict[tuple[Path, float, float | None], list[Question]] = {}
+    for where, folder, record in records:
+        if unknown := sorted(set(record) - _KEYS):
+            raise ValueError(f"{where}: unknown keys {unknown}; expected only {sorted(_KEYS)}")
+        if not record.get("video") or not record.get("answer"):
+            raise ValueError(f"{where}: got {dict(record)}; expected a video and an answer, neither empty")
+        video = folder / record["video"]
+        if not video.is_file():
+            raise FileNotFoundError(f"{where}: there is no video {video}")
+        start_s, stop_s = float(record.get("start_s") or 0.0), record.get("stop_s")
+        if start_s < 0 or (stop_s is not None and not start_s < stop_s):
+            raise ValueError(f"{where}: runs from {start_s} s to {stop_s} s; expected 0 or more, then a later time")
+        prompt = record.get("prompt") or CAPTION_PROMPT
+        kind = "caption" if prompt == CAPTION_PROMPT else "question"
+        question = Question(kind, prompt, str(record["answer"]), None)
+        groups.setdefault((video, start_s, None if stop_s is None else float(stop_s)), []).append(question)
+    return [VideoTexts(video, start, stop, tuple(asked)) for (video, start, stop), asked in groups.items()]
+
+
+@lru_cache(maxsize=_CLIPS_KEPT)
+def _decode(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> tuple[np.ndarray, float]:
+    from transformers.video_utils import load_video
+
+    length = [0.0]
+
+    def choose(metadata: Any, **_: Any) -> np.ndarray:
+        total, fps = metadata.total_num_frames, metadata.fps
+        if not total or not fps:
+            raise ValueError(f"{video} does not say how many frames it has; remux it, as to MP4")
+        stop = total / fps if stop_s is None else min(stop_s, total / fps)
+        if start_s >= stop:
+            raise ValueError(f"{video} is {total / fps:.1f} s long; expected more than {start_s} s")
+        length[0] = stop - start_s
+        times = start_s + (np.arange(n_frames) + 0.5) * length[0] / n_frames
+        return np.minimum((times * fps).astype(int), total - 1)
+
+    chosen: list[np.ndarray] = []
+
+    def choose_once(metadata: Any, **kwargs: Any) -> np.ndarray:
+        indices = choose(metadata, **kwargs)
+        chosen.append(indices)
+        return np.unique(indices)  # `load_video` gives each frame once
+
+    try:
+        path: Any = str(video)
+        frames, _ = load_video(path, backend="pyav", sample_indices_fn=choose_once)
+    except OSError as error:
+        raise ValueError(f"{video} cannot be decoded: {error}") from error
+    places = np.searchsorted(np.unique(chosen[0]), chosen[0])
+    pixels = torch.from_numpy(np.asarray(frames)[np.minimum(places, len(frames) - 1)])
+    pixels = F.interpolate(pixels.permute(0, 3, 1, 2).float(), size=(size_px, size_px), mode="bilinear", antialias=True)
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(), length[0]

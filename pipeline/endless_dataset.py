@@ -1,0 +1,93 @@
+"""Ray Data, which is built for work that ends, made to run for ever, row by row.
+
+Each setting stands with its reason. Some reach into Ray's internals, which is why Ray is pinned to a minor version;
+the tests hold that each is still there, and the behaviour that they are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.execution.operators import map_operator
+from ray.data._internal.stats import _StatsManager
+
+from .kafka_source import KafkaSource
+
+ROWS_IN_FLIGHT = 8  # between two steps: what keeps both busy over a turn of the executor
+EXECUTOR_TURN_S = 0.02  # shorter costs more CPU than it saves time
+SOURCE_CPUS = 0.1  # logical ones
+
+
+def lane_context(context: DataContext) -> None:
+    """Set up Ray Data for an execution that never ends and hands every row on at once."""
+    context.target_max_block_size = 1  # a row leaves at once; at the default nothing leaves until 128 MB
+    context.execution_options.preserve_order = True
+    context._max_num_blocks_in_streaming_gen_buffer = ROWS_IN_FLIGHT
+    context.execution_no_progress_timeout_s = -1  # a feed may be silent for a night
+    context.actor_task_retry_on_errors = False  # a retried call would meet a state that has moved on
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    _keep_no_statistics()
+    # Each turn of the executor waits until all its tasks have something, and a source has not: for this long, always.
+    # At Ray's 0.1 s a row takes half a second through five steps.
+    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = EXECUTOR_TURN_S
+
+
+def _keep_no_statistics() -> None:
+    """Have Ray Data forget the rows that have passed: its statistics of a job grow with every block, 10 kB and more.
+
+    They lie in the executor's process and in an actor that it tells; a lane counts for itself (`LaneStatus`).
+    """
+    operators: Any = map_operator
+    manager: Any = _StatsManager
+    operators.to_stats = lambda metadata: []
+    manager.update_execution_metrics = staticmethod(lambda *args, **kwargs: None)
+    manager.update_iteration_metrics = staticmethod(lambda *args, **kwargs: None)
+
+
+def build_dataset(source: KafkaSource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:
+    """Chain the steps behind the source.
+
+    Args:
+        source: The lane's source.
+        steps: By name, in order: each takes the dataset so far and adds its own `map_batches`.
+    """
+    dataset = ray.data.read_datasource(
+        source,
+        override_num_blocks=1,  # else a SplitBlocks step is added, which waits for the end
+        num_cpus=SOURCE_CPUS,
+        ray_remote_args={"max_retries": 0},  # a source that starts over would repeat rows
+    )
+    for add in steps.values():
+        dataset = add(dataset)
+    return dataset
+
+
+def actor_step(
+    step: type, kwargs: Mapping[str, Any], *, size: int = 1, calls: int = 1, num_cpus: float, num_gpus: float = 0
+) -> Callable[[Dataset], Dataset]:
+    """Return a `build_dataset` step that runs a callable class in actors that are never restarted."""
+
+    def add(dataset: Dataset) -> Dataset:
+        return dataset.map_batches(
+            step,
+            batch_size=None,  # a block is a row: nothing is gathered or split
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=size,
+                max_concurrent_calls_per_actor=calls,
+                max_tasks_in_flight_per_actor=max(ROWS_IN_FLIGHT, calls),
+            ),
+            fn_constructor_kwargs=dict(kwargs),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=0,  # a restarted actor would go on with an empty state, silently
+            max_task_retries=0,
+        )
+
+    return add

@@ -1,0 +1,37 @@
+"""What the lane sets inside Ray Data is still there in this version of Ray."""
+
+import inspect
+
+from ray.data import DataContext
+from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.execution.operators import map_operator
+from ray.data._internal.stats import _StatsManager
+
+from stormline.pipeline.endless_dataset import EXECUTOR_TURN_S, ROWS_IN_FLIGHT, lane_context
+
+
+def test_ray_data_when_read_then_uses_what_the_lane_sets():
+    turn = inspect.getsource(streaming_executor_state.process_completed_tasks)
+    assert "timeout=WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in turn
+    assert "_output_blocks_stats.extend(to_stats(" in inspect.getsource(map_operator)
+    assert {"update_execution_metrics", "update_iteration_metrics"} <= set(vars(_StatsManager))
+    assert hasattr(DataContext(), "_max_num_blocks_in_streaming_gen_buffer")
+
+
+def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(monkeypatch):
+    for owner, name in (
+        (streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"),
+        (map_operator, "to_stats"),
+        (_StatsManager, "update_execution_metrics"),
+        (_StatsManager, "update_iteration_metrics"),
+    ):
+        monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))  # put back at the end
+    context = DataContext()
+
+    lane_context(context)
+
+    assert context.target_max_block_size == 1
+    assert context._max_num_blocks_in_streaming_gen_buffer == ROWS_IN_FLIGHT
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == EXECUTOR_TURN_S
+    assert map_operator.to_stats([object()]) == []
+    assert _StatsManager.update_execution_metrics("dataset", [], [], {}) is None

@@ -1,0 +1,263 @@
+"""The trainer: the same model whether it was killed or not, on the world of shapes and on real video with text."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stormline.models.loading import load_model
+from stormline.models.training.pairs import read_pairs, split_pairs
+from stormline.models.training.recipe import load_recipe, recipe_from_dict
+from stormline.models.training.tasks import build_task
+from stormline.models.training.trainer import Trainer, learning_rate_at
+
+TINY = {
+    "image_size": 32,
+    "vision_width": 32,
+    "vision_layers": 1,
+    "temporal_width": 32,
+    "temporal_state": 8,
+    "text_width": 32,
+    "text_layers": 1,
+    "text_heads": 2,
+    "vocab_size": 512,
+}
+STAGES = [
+    {"name": "see", "task": "places", "train": ["vision_tower"], "steps": 3, "batch": 2, "clip_frames": 2},
+    {
+        "name": "align",
+        "task": "motions",
+        "train": ["multi_modal_projector", "temporal_encoder"],
+        "optimizer": "muon",
+        "steps": 3,
+        "batch": 2,
+        "clip_frames": 8,
+    },
+    {
+        "name": "speak",
+        "task": "text",
+        "train": ["language_model"],
+        "steps": 3,
+        "batch": 2,
+        "clip_frames": 16,
+        "window_chunks": [2, 4],
+        "budget_tokens": [0, 8],
+        "cached_streams": 3,
+        "worlds": {"shapes": 0.5, "needles": 0.5},
+    },
+]
+
+
+def recipe(stages=STAGES):
+    return recipe_from_dict({"name": "tiny", "seed": 1, "model": TINY, "stages": stages})
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    reports = []
+    Trainer(recipe(), folder, device="cpu").run(reports.append)
+    return folder, reports
+
+
+def test_trainer_when_it_ends_then_model_log_and_progress(trained):
+    folder, reports = trained
+    log = [json.loads(line) for line in (folder / "model" / "training_log.jsonl").read_text().splitlines()]
+
+    assert [line["stage"] for line in log] == ["see", "align", "speak"]
+    assert {"colour", "shape", "size"} < set(log[0]["accuracy"])
+    assert {r.stage for r in reports} == {"see", "align", "speak"}
+    assert all(np.isfinite(line["loss"]) for line in log)
+    loaded = load_model(str(folder / "model"), device="cpu")
+    assert loaded.model.config.trained
+    assert json.loads((folder / "model" / "training.json").read_text())["recipe"]["seed"] == 1
+
+
+def test_trainer_when_stopped_again_and_again_then_the_same_model(trained, tmp_path):
+    result, n_runs = None, 0
+    while result is None:
+        steps = itertools.count()
+        result = Trainer(recipe(), tmp_path, device="cpu").run(should_stop=lambda steps=steps: next(steps) == 1)
+        n_runs += 1
+
+    assert n_runs == 5  # steps 2, 4 (1 of the second stage), 6, 8 and the last
+    whole, pieces = weights(trained[0] / "model"), weights(result)
+    assert whole.keys() == pieces.keys()
+    assert [name for name in whole if not torch.equal(whole[name], pieces[name])] == []
+
+
+def test_trainer_when_stage_trains_one_part_then_others_stay(trained, tmp_path):
+    Trainer(recipe(STAGES[:1]), tmp_path, device="cpu").run()
+    first, last = weights(tmp_path / "model"), weights(trained[0] / "model")
+
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    same = {name.split(".")[0] for name in first if torch.equal(first[name], last[name])}
+    assert "vision_tower" not in changed
+    assert {"temporal_encoder", "language_model"} <= changed
+    assert "vision_tower" in same
+
+
+def test_trainer_when_the_folder_holds_another_recipe_then_refused(trained):
+    other = replace(recipe(), seed=2)
+
+    with pytest.raises(ValueError, match=r"holds the training of another recipe \(different: seed\)"):
+        Trainer(other, trained[0], device="cpu")
+
+
+def test_learning_rate_when_over_a_stage_then_up_and_down():
+    stage = replace(recipe().stages[0], steps=100, warmup_steps=10, learning_rate=1.0)
+
+    rates = [learning_rate_at(stage, step) for step in range(100)]
+
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "text", "train": ["ears"]}, r"train is 'ears'; expected one of"),
+        ({"task": "places", "data": "x"}, "data is 'x' for task 'places'; expected task 'text'"),
+        ({"task": "places", "cached_streams": 4}, "cached_streams is 4"),
+        ({"task": "text", "window_chunks": [9]}, "room for windows of 9 chunks"),
+        ({"task": "places", "colour": 1}, "unknown keys"),
+    ],
+)
+def test_recipe_when_it_makes_no_sense_then_says_what(change, message):
+    with pytest.raises(ValueError, match=message):
+        recipe([{"name": "s", "train": ["vision_tower"], "steps": 1, **change}])
+
+
+def test_recipe_when_shipped_then_it_loads_and_scales():
+    shipped = load_recipe("shapes-tiny")
+
+    small = shipped.scaled(0.01)
+
+    assert [stage.name for stage in shipped.stages][:3] == ["vision", "motion", "language"]
+    assert all(0 < s.steps <= b.steps / 50 for s, b in zip(small.stages, shipped.stages, strict=True))
+
+
+# ---- real video with text ----
+
+
+def write_video(path, n_frames, shade):
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(n_frames):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade + 2 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def pairs_folder(tmp_path):
+    for name, shade in (("dark", 20), ("bright", 180)):
+        write_video(tmp_path / f"{name}.mp4", 30, shade)
+        (tmp_path / f"{name}.txt").write_text(f"the picture is {name}\n")
+    return tmp_path
+
+
+def test_pairs_when_a_folder_then_each_video_with_its_text(pairs_folder):
+    pairs = read_pairs(pairs_folder)
+
+    assert [(p.video.stem, p.questions[0].answer) for p in pairs] == [
+        ("bright", "the picture is bright"),
+        ("dark", "the picture is dark"),
+    ]
+
+
+def test_pairs_when_lines_and_parquet_then_the_same(pairs_folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"video": "dark.mp4", "answer": "dark", "prompt": "How bright?", "start_s": 1.0, "stop_s": 2.0},
+        {"video": "dark.mp4", "answer": "a dark wall", "prompt": None, "start_s": 1.0, "stop_s": 2.0},
+        {"video": "bright.mp4", "answer": "bright", "prompt": "How bright?", "start_s": None, "stop_s": None},
+    ]
+    (pairs_folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), pairs_folder / "pairs.parquet")
+
+    lines = read_pairs(pairs_folder / "pairs.jsonl")
+
+    assert lines == read_pairs(pairs_folder / "pairs.parquet")
+    assert [len(p.questions) for p in lines] == [2, 1]
+
+
+def test_pairs_when_decoded_then_frames_of_the_stretch(pairs_folder):
+    stage = {"name": "r", "task": "text", "train": ["language_model"], "steps": 1, "clip_frames": 4}
+    lines = [{"video": "dark.mp4", "answer": "dark", "start_s": 1.0, "stop_s": 2.0}]
+    (pairs_folder / "one.jsonl").write_text(json.dumps(lines[0]))
+    made = recipe([{**stage, "data": str(pairs_folder / "one.jsonl")}])
+    trainer = Trainer(made, pairs_folder / "out", device="cpu")
+    task = build_task(made.stages[0], 0, made, trainer.model, trainer.processor)
+
+    frames = task.clip(0).render()
+
+    assert frames.shape == (4, 32, 32, 3)
+    # Frame i of the file has the shade 20 + 2 i; the stretch holds frames 10 to 19.
+    assert frames.mean(axis=(1, 2, 3)) == pytest.approx([42, 46, 52, 56], abs=5)
+
+
+def test_trainer_when_pairs_then_it_learns_them(pairs_folder):
+    stage = {
+        "name": "real",
+        "task": "text",
+        "train": ["vision_tower", "multi_modal_projector", "language_model"],
+        "steps": 50,
+        "batch": 2,
+        "clip_frames": 4,
+        "learning_rate": 2e-2,
+        "warmup_steps": 4,
+        "data": str(pairs_folder),
+    }
+    reports = []
+
+    Trainer(recipe([stage]), pairs_folder / "out", device="cpu").run(reports.append)
+
+    assert reports[-1].accuracy["caption"] > 0.5
+    assert reports[-1].loss < 1.0
+
+
+def test_pairs_when_many_videos_then_every_tenth_is_held_out(pairs_folder):
+    pair = read_pairs(pairs_folder)[0]
+    pairs = [replace(pair, video=pair.video.with_name(f"{i:02}.mp4")) for i in range(20)]
+
+    assert [p.video.stem for p in split_pairs(pairs, held_out=True)] == ["09", "19"]
+    assert len(split_pairs(pairs, held_out=False)) == 18
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("{", ValueError, r"bad.jsonl:1: no JSON"),
+        ('{"video": "dark.mp4"}', ValueError, "expected a video and an answer"),
+        ('{"video": "none.mp4", "answer": "x"}', FileNotFoundError, "there is no video"),
+        ('{"video": "dark.mp4", "answer": "x", "start_s": 3, "stop_s": 1}', ValueError, "runs from 3.0 s to 1 s"),
+        ('{"video": "dark.mp4", "answer": "x", "text": "y"}', ValueError, r"unknown keys \['text'\]"),
+    ],
+)
+def test_pairs_when_a_line_is_wrong_then_says_where(pairs_folder, line, error, message):
+    (pairs_folder / "bad.jsonl").write_text(line)
+
+    with pytest.raises(error, match=message):
+        read_pairs(pairs_folder / "bad.jsonl")
+
+
+def test_pairs_when_there_are_none_then_says_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match="holds no pair"):
+        read_pairs(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a folder, or a \.jsonl or \.parquet file"):
+        read_pairs(tmp_path / "nothing")
