@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for a lane's last commit; after that it is killed, which loses nothing but the time to redo it
 MAX_BACKOFF_S = 30.0
+# What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth of a
+# CPU are more than it expects on a small machine.
+RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 
 
@@ -42,6 +45,7 @@ class LaneSlot:
     retry_at_s: float = 0.0
     status: LaneStatus | None = None
     last_error: str = ""
+    renewing: bool = False  # it was told to stop at its next commit, and starts again from there
     done: list[LaneStatus] = field(default_factory=list)  # of its earlier lives, for totals
 
 
@@ -188,6 +192,9 @@ class Supervisor:
                 done, _ = ray.wait([slot.run_ref], timeout=0)
                 if done:
                     self._lane_ended(slot)
+                elif self._is_old(slot):
+                    slot.renewing = True
+                    slot.actor.stop.remote()
                 elif self._stalled(slot):
                     self._fail(slot, f"no barrier for {self._settings.lanes.stall_s:.0f} s")
         self._refresh()
@@ -215,6 +222,10 @@ class Supervisor:
                     slot.restarts = 0
                 slot.status = status
 
+    def _is_old(self, slot: LaneSlot) -> bool:
+        limit = self._settings.lanes.renew_after_segments
+        return not slot.renewing and slot.status is not None and slot.status.segments >= limit
+
     def _stalled(self, slot: LaneSlot) -> bool:
         if slot.status is None:
             return time.monotonic() - slot.started_s > 2 * self._settings.lanes.stall_s
@@ -225,11 +236,16 @@ class Supervisor:
         from ray.exceptions import RayError
 
         try:
-            ray.get(slot.run_ref)
-            reason = "it ended by itself"
+            status: LaneStatus = ray.get(slot.run_ref)
         except RayError as e:
-            reason = root_cause(e)
-        self._fail(slot, reason)
+            self._fail(slot, root_cause(e))
+            return
+        if not slot.renewing:
+            self._fail(slot, "it ended by itself")
+            return
+        slot.status = status
+        self._take_down(slot)
+        logger.info("lane_renewed lane=%d epoch=%d segments=%d", slot.plan.lane, status.epoch, status.segments)
 
     def _fail(self, slot: LaneSlot, reason: str) -> None:
         """Take a failed lane down and plan its next life from its last checkpoint.
@@ -237,15 +253,9 @@ class Supervisor:
         Raises:
             StormlineError: If it failed too often in a row.
         """
-        import ray
-
-        from .recovery import recover_lane
-
+        self._take_down(slot)
         lanes = self._settings.lanes
-        ray.kill(slot.actor)
-        if slot.status is not None:
-            slot.done.append(slot.status)
-        slot.actor, slot.run_ref, slot.status, slot.last_error = None, None, None, reason
+        slot.last_error = reason
         slot.restarts += 1
         slot.total_restarts += 1
         if slot.restarts > lanes.max_restarts:
@@ -256,6 +266,17 @@ class Supervisor:
         wait_s = min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2 ** (slot.restarts - 1))
         slot.retry_at_s = time.monotonic() + wait_s
         self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint in {wait_s:.0f} s")
+
+    def _take_down(self, slot: LaneSlot) -> None:
+        """End a lane's actor, and plan its next life from its newest checkpoint."""
+        import ray
+
+        from .recovery import recover_lane
+
+        ray.kill(slot.actor)
+        if slot.status is not None:
+            slot.done.append(slot.status)
+        slot.actor, slot.run_ref, slot.status, slot.renewing = None, None, None, False
         plan = slot.plan
         start = recover_lane(
             plan.start.root, plan.lane, lanes=plan.start.lanes, partitions=plan.partitions, identity=plan.identity
@@ -338,8 +359,9 @@ def root_cause(error: BaseException) -> str:
 @contextmanager
 def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[None]:
     """Use the running Ray, or start one for the time of the block and shut it down after it."""
-    if "ray" not in sys.modules:  # which reads it once
+    if "ray" not in sys.modules:  # which reads these once
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
     import ray
 
     if ray.is_initialized():
@@ -359,7 +381,6 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
         }
     else:
         options["address"] = settings.ray.address
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     try:
         with keep_signal_handlers():
             ray.init(**options)

@@ -316,6 +316,30 @@ def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
     assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
 
 
+def test_lane_when_it_is_renewed_then_nothing_shows(whole_run, broker, services, records, make_settings):
+    create_topic(broker, "renewed", partitions=2)
+    send(broker, "renewed", [r for r in records if int(dict(r.headers)["seq"]) < 6])
+    settings = make_settings("renewed", "out", "lanes.renew_after_segments=8")
+    rest = [r for r in records if int(dict(r.headers)["seq"]) >= 6]
+    supervisor = Supervisor(settings)
+
+    def send_rest(status):
+        if rest and status.segments >= 12:  # all of the first part
+            send(broker, "renewed", rest)
+            rest.clear()
+
+    alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
+    alarm.start()
+    status = supervisor.run(until_idle_s=2.0, on_status=send_rest)
+    assert alarm.is_alive()
+    alarm.cancel()
+
+    assert status.restarts == 0
+    assert status.segments == len(records)
+    assert comparable(drop(table(settings, "tokens"))) == comparable(drop(table(whole_run, "tokens")))
+    assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
+
+
 def is_encoder(process):
     return any("MapWorker(MapBatches(Encode))" in part for part in process.info["cmdline"] or ())
 
