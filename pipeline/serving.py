@@ -52,8 +52,7 @@ def _deploy(settings: Settings) -> None:
     from .token_store import TokenStore
     from .video_llm import VideoLLM
 
-    serve.start(proxy_location="Disabled")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its steps are told in our own words
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},

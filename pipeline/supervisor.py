@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for a lane's last commit; after that it is killed, which loses nothing but the time to redo it
 MAX_BACKOFF_S = 30.0
-# What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth of a
-# CPU are more than it expects on a small machine.
+# What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
+# of a CPU are more than it expects on a small machine.
 RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 

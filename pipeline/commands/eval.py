@@ -18,6 +18,9 @@ def evaluate_model(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write the numbers; the table goes beside it.")
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the model's card into its folder: README.md, numbers and a plot.")
+    ] = False,
     lengths: Annotated[str, typer.Option(help="Frames of a clip, at 2 fps.")] = "8,16,32,128,512,2048",
     per_kind: Annotated[int, typer.Option(min=2, help="Questions of each kind and length.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=7, help="Which held-out clips.")] = 0,
@@ -33,14 +36,15 @@ def evaluate_model(
 
       stormline eval                                         # the model that stormline ships
 
-      stormline eval train-out/model --out eval.json
+      stormline eval train-out/model --card
 
       stormline eval --lengths 8,32 --per-kind 20            # a quick look
     """
     import torch
 
-    from ...models.loading import load_model
+    from ...models.loading import DEFAULT_FOLDER, load_model
     from ...models.training.evaluate import evaluate, markdown_table
+    from ...models.training.model_card import write_card
 
     torch.set_num_threads(threads)
     try:
@@ -61,6 +65,8 @@ def evaluate_model(
         f"\nstreamed tokens equal those of one pass in {compared['equal']} of {compared['compared']} clips; "
         f"encoded {result.encoded_frames_per_s:.0f} frames/s; took {result.seconds:.0f} s"
     )
+    if card:
+        typer.echo(f"card: {write_card(model or DEFAULT_FOLDER, result)}")
     if out is not None:
         out.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
