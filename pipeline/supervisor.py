@@ -113,28 +113,35 @@ class Supervisor:
         from .output_lock import OutputLock
 
         root = Path(self._settings.output.path)
-        with OutputLock(root), embedded_ray(self._settings, self._tell), self._services():
-            self._plan()
-            self._tell(f"starting {len(self._slots)} lane(s)")
-            ready = False
-            try:
-                while not self._stop.is_set():
-                    self._tend()
-                    status = self.status()
-                    if not ready and status.lanes_up == len(self._slots):
-                        ready, self._phase = True, "running"
-                        if on_ready:
-                            on_ready()
-                    if on_status:
-                        on_status(status)
-                    if until_idle_s is not None and ready and status.idle_s >= until_idle_s and status.lag_records == 0:
-                        break
-                    self._stop.wait(POLL_S)
-            finally:
-                self._phase = "stopping"
-                self._stop_lanes()
+        with OutputLock(root), embedded_ray(self._settings, self._tell):
+            if not self._stop.is_set():
+                with self._services():
+                    self._watch(until_idle_s, on_status or (lambda status: None), on_ready or (lambda: None))
             self._phase = "stopped"
             return self.status()
+
+    def _watch(
+        self, until_idle_s: float | None, on_status: Callable[[RunStatus], None], on_ready: Callable[[], None]
+    ) -> None:
+        if self._stop.is_set():
+            return
+        self._plan()
+        self._tell(f"starting {len(self._slots)} lane(s)")
+        ready = False
+        try:
+            while not self._stop.is_set():
+                self._tend()
+                status = self.status()
+                if not ready and status.lanes_up == len(self._slots):
+                    ready, self._phase = True, "running"
+                    on_ready()
+                on_status(status)
+                if until_idle_s is not None and ready and status.idle_s >= until_idle_s and status.lag_records == 0:
+                    break
+                self._stop.wait(POLL_S)
+        finally:
+            self._phase = "stopping"
+            self._stop_lanes()
 
     @contextmanager
     def _services(self) -> Iterator[None]:
@@ -287,7 +294,12 @@ class Supervisor:
         import ray
         from ray.exceptions import RayError
 
-        running = [slot for slot in self._slots if slot.actor is not None]
+        running = []
+        for slot in self._slots:
+            if slot.status is not None and slot.status.segments:
+                running += [slot] if slot.actor is not None else []
+            elif slot.actor is not None:
+                ray.kill(slot.actor)  # it has taken nothing yet, so there is nothing to finish
         if not running:
             return
         self._tell("stopping: the lanes finish what they have begun")

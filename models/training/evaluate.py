@@ -100,6 +100,7 @@ def evaluate(
     lengths: Iterable[int] = LENGTHS,
     n_per_kind: int = 100,
     budget_tokens: int = BUDGET_TOKENS,
+    policy: str = "global_local",
     seed: int = 0,
     frames_per_length: int = FRAMES_PER_LENGTH,
     on_progress: Callable[[str], None] | None = None,
@@ -110,7 +111,8 @@ def evaluate(
         loaded: The model.
         lengths: Frames of a clip, at 2 fps.
         n_per_kind: Questions of each kind and length, as far as `frames_per_length` allows.
-        budget_tokens: The most video tokens given to an answer; policy ``global_local``.
+        budget_tokens: The most video tokens given to an answer.
+        policy: How they are chosen, see `select_chunks`.
         seed: Of the held-out clips: 0 to 15.
         frames_per_length: The most frames drawn for a length.
         on_progress: Told in words where it stands.
@@ -126,7 +128,9 @@ def evaluate(
         say(f"{n_frames} frames: {n_questions} questions about {len(items)} clips")
         by_length[n_frames] = {
             kind: tally.to_dict()
-            for kind, tally in _run_length(loaded, items, n_frames, budget_tokens, one_pass, encoded, say).items()
+            for kind, tally in _run_length(
+                loaded, items, n_frames, (budget_tokens, policy), one_pass, encoded, say
+            ).items()
         }
     rate = encoded["frames"] / max(encoded["seconds"], 1e-9)
     return Evaluation(
@@ -192,7 +196,7 @@ def _run_length(
     loaded: LoadedModel,
     items: Sequence[AskedClip],
     n_frames: int,
-    budget_tokens: int,
+    budget: tuple[int, str],
     one_pass: dict[str, int],
     encoded: dict[str, float],
     say: Callable[[str], None],
@@ -210,11 +214,11 @@ def _run_length(
             tokens = torch.from_numpy(np.concatenate([c.tokens for c in chunks]))
             one_pass["compared"] += 1
             one_pass["equal"] += int(torch.equal(tokens, loaded.model.encode_clip(frames)))
-        told = {"video": tuple(select_chunks(chunks, budget_tokens, "global_local")), "no video": ()}
+        told = {"video": tuple(select_chunks(chunks, *budget)), "no video": ()}
         if n_frames <= SHUFFLED_UP_TO:
             order = np.random.default_rng([item.clip.seed, 31]).permutation(n_frames)
             shuffled = stream_clip(loaded, frames[order])
-            told["shuffled"] = tuple(select_chunks(shuffled, budget_tokens, "global_local"))
+            told["shuffled"] = tuple(select_chunks(shuffled, *budget))
         for question in item.questions:
             for what, given in told.items():
                 asked.append((question, what))

@@ -143,6 +143,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     seed: int = 0
     model: ModelSizes = field(default_factory=ModelSizes)
+    vision_from: str | None = None  # a model folder whose vision tower to take, of the same sizes
     start_from: str | None = None  # a model folder or hub id to go on from; None: from nothing, with `model`'s sizes
 
     def __post_init__(self) -> None:

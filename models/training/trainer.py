@@ -297,6 +297,10 @@ def learning_rate_at(stage: Stage, step: int) -> float:
 
 def _start(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProcessor]:
     if recipe.start_from is None:
-        return build_model(recipe.model, recipe.seed)
+        model, processor = build_model(recipe.model, recipe.seed)
+        if recipe.vision_from is not None:
+            seeing: Any = load_model(recipe.vision_from, device="cpu", dtype="float32")
+            model.vision_tower.load_state_dict(seeing.model.vision_tower.state_dict())
+        return model, processor
     loaded: Any = load_model(recipe.start_from, device="cpu", dtype="float32")
     return loaded.model, loaded.processor

@@ -187,18 +187,24 @@ class _Demo:
         if status.model_trained:
             table.add_row("[dim]right captions of the shapes[/]", str(self._check_captions()))
         self._console.print(table)
-        if not status.model_trained:
+        if not status.results:
+            self._console.print("Nothing was captioned yet, so there is nothing to read.")
+        elif not status.model_trained:
             self._console.print(
                 "[yellow]The built-in model is not trained yet: its weights are random, so its captions are noise.[/] "
                 "Everything around it is real: set model.path to a trained checkpoint for captions that mean something."
             )
+        if status.results:
+            self._say_how_to_read()
+        if self._publisher_errors:
+            raise self._publisher_errors[0]
+        if self._interrupted:
+            raise typer.Exit(130)
+
+    def _say_how_to_read(self) -> None:
         query = f"SELECT stream_id, start_time, answer FROM '{self._out}/results/**/*.parquet' ORDER BY start_time"
         self._console.print("\nRead the captions with DuckDB:", style="bold")
         self._console.print(
             f'  python -c "import duckdb; duckdb.sql(\\"{query}\\").show()"', soft_wrap=True, markup=False
         )
         self._console.print(f"or: stormline results {self._out}", markup=False)
-        if self._publisher_errors:
-            raise self._publisher_errors[0]
-        if self._interrupted:
-            raise typer.Exit(130)

@@ -1,0 +1,154 @@
+"""What each part of the model is worth: variants trained alike, on the same clips, for the same steps.
+
+    python benchmarks/ablation.py --out /tmp/ablation [--variants full,still] [--scale 1]
+
+Every variant takes the vision tower of the model that stormline ships, frozen, and learns everything else from
+nothing: first the projector and the temporal encoder (motion at each place), then the language model (questions and
+captions). Then it is measured on the same held-out clips:
+
+    full           one direction, 4 frames pooled into one
+    still          without the temporal encoder
+    both-ways      with a backward scan within each chunk
+    unpooled       without pooling over time: four times the tokens
+    pooled-2x2     with 2 x 2 places pooled into one as well: a quarter of the tokens
+
+and `full` and `still` again with every other chunk left out when they answer (STORM's test-time sampling), and
+`unpooled` under the number of tokens that `full` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from stormline.models.loading import DEFAULT_FOLDER, load_model
+from stormline.models.training.evaluate import evaluate
+from stormline.models.training.questions import ORDER_NEEDED
+from stormline.models.training.recipe import Recipe, recipe_from_dict
+from stormline.models.training.trainer import Trainer
+
+RESULT = Path(__file__).parent / "results" / "ablation.json"
+LENGTHS = (8, 32, 128)
+TOKENS_PER_CHUNK = 16  # of `full`
+VARIANTS = {
+    "full": {},
+    "still": {},
+    "both-ways": {"bidirectional": True},
+    "unpooled": {"temporal_pool": 1},
+    "pooled-2x2": {"spatial_pool": 2},
+}
+
+
+def recipe_of(variant: str, scale: float) -> Recipe:
+    aligned = ["multi_modal_projector"] if variant == "still" else ["multi_modal_projector", "temporal_encoder"]
+    stages = [
+        {
+            "name": "motion",
+            "task": "motions",
+            "train": aligned,
+            "optimizer": "muon",
+            "steps": 500,
+            "batch": 8,
+            "clip_frames": 16,
+            "learning_rate": 4.0e-3,
+            "warmup_steps": 50,
+        },
+        {
+            "name": "language",
+            "task": "text",
+            "train": ["language_model"],
+            "optimizer": "muon",
+            "steps": 900,
+            "batch": 16,
+            "clip_frames": 64,
+            "window_chunks": [2, 2, 4, 8],
+            "learning_rate": 4.0e-3,
+            "warmup_steps": 100,
+            "cached_streams": 400,
+            "bfloat16": True,
+        },
+    ]
+    values = {
+        "name": variant,
+        "seed": 1,
+        "vision_from": str(DEFAULT_FOLDER),
+        "model": VARIANTS[variant],
+        "stages": stages,
+    }
+    recipe = recipe_from_dict(values)
+    return recipe if scale == 1.0 else recipe.scaled(scale)
+
+
+def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens_per_chunk: int | None = None) -> dict:
+    """Return accuracies by length, with `keep` of the chunks, or so many tokens for each chunk."""
+    loaded = load_model(str(folder), device="cpu")
+    size = loaded.model.config.chunk_frames
+    whole = loaded.model.config.n_tokens(size)
+    told = {}
+    for n_frames in LENGTHS:
+        budget = round((tokens_per_chunk or whole * keep) * n_frames / size)
+        policy = "uniform" if budget < whole * n_frames / size else "recent"
+        result = evaluate(
+            loaded, lengths=(n_frames,), n_per_kind=n_per_kind, budget_tokens=max(1, budget), policy=policy
+        )
+        kinds = result.by_length[n_frames]
+        told[n_frames] = {
+            "tokens": budget,
+            "order": _mean(kinds, lambda kind: kind in ORDER_NEEDED),
+            "other": _mean(kinds, lambda kind: kind not in ORDER_NEEDED),
+            "kinds": {kind: round(r["accuracy"], 3) for kind, r in kinds.items() if r["accuracy"] is not None},
+        }
+        print(f"{label:<24} {n_frames:>5} frames  {budget:>5} tokens  order {told[n_frames]['order']:.1%}", flush=True)
+    return told
+
+
+def _mean(kinds: dict, wanted) -> float:
+    found = [r for kind, r in kinds.items() if wanted(kind) and r["accuracy"] is not None]
+    return round(sum(r["accuracy"] * r["asked"] for r in found) / max(1, sum(r["asked"] for r in found)), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--scale", type=float, default=1.0, help="times so many steps")
+    parser.add_argument("--per-kind", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    report = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__, "variants": {}}
+    for variant in options.variants.split(","):
+        began_s = time.monotonic()
+        trainer = Trainer(recipe_of(variant, options.scale), options.out / variant, device="cpu")
+        shown = [0.0]
+
+        def show(p, shown=shown, variant=variant):
+            if time.monotonic() - shown[0] > 30:
+                shown[0] = time.monotonic()
+                print(f"{variant} {p.stage} {p.step}/{p.n_steps} loss {p.loss:.3f} {p.accuracy['all']:.1%}", flush=True)
+
+        folder = trainer.run(show)
+        assert folder is not None
+        seconds = round(time.monotonic() - began_s)
+        measured = {variant: measure(folder, variant, options.per_kind)}
+        if variant in ("full", "still"):
+            label = f"{variant}, one in two"
+            measured[label] = measure(folder, label, options.per_kind, keep=0.5)
+        if variant == "unpooled":
+            label = "unpooled, tokens of full"
+            measured[label] = measure(folder, label, options.per_kind, tokens_per_chunk=TOKENS_PER_CHUNK)
+        for label, lengths in measured.items():
+            report["variants"][label] = {"train_seconds": seconds, "lengths": lengths}
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    print(RESULT.read_text())
+
+
+if __name__ == "__main__":
+    main()
