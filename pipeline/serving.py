@@ -53,6 +53,7 @@ def _deploy(settings: Settings) -> None:
     from .video_llm import VideoLLM
 
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here, too
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},

@@ -123,7 +123,9 @@ def evaluate(
     one_pass = {"compared": 0, "equal": 0}
     encoded = {"frames": 0, "seconds": 0.0}
     for position, n_frames in enumerate(lengths):
-        items = draw_items(n_frames, n_per_kind, seed * 16 + position, frames_per_length)
+        items = draw_items(
+            n_frames, n_per_kind, seed * 16 + position, frames_per_length, loaded.model.config.image_size
+        )
         n_questions = sum(len(item.questions) for item in items)
         say(f"{n_frames} frames: {n_questions} questions about {len(items)} clips")
         by_length[n_frames] = {
@@ -145,7 +147,7 @@ def evaluate(
     )
 
 
-def draw_items(n_frames: int, n_per_kind: int, stream: int, frames_at_most: int) -> list[AskedClip]:
+def draw_items(n_frames: int, n_per_kind: int, stream: int, frames_at_most: int, size_px: int = 64) -> list[AskedClip]:
     """Draw held-out clips and balanced questions about them.
 
     A kind's answers are balanced where they can be: yes and no within each kind of event, and counts. Questions that
@@ -158,7 +160,9 @@ def draw_items(n_frames: int, n_per_kind: int, stream: int, frames_at_most: int)
     items: list[AskedClip] = []
     for index in range(max(4, frames_at_most // n_frames)):
         world = "needles" if index % 3 == 0 or n_frames > 128 else "shapes"
-        clip = make_clip(seed_of(index, 128 + stream % 128, held_out=True), n_frames, world, backwards=False)
+        clip = make_clip(
+            seed_of(index, 128 + stream % 128, held_out=True), n_frames, world, size_px=size_px, backwards=False
+        )
         rng = np.random.default_rng([clip.seed, 29])
         chosen: list[Question] = []
         for question in ask(clip.window(0, n_frames), rng, 40, weights):

@@ -23,7 +23,7 @@ from ..loading import load_model, save_model
 from ..processing import StormProcessor
 from ..storm import StormForConditionalGeneration
 from .new_model import build_model
-from .recipe import PARTS, Recipe, Stage
+from .recipe import PARTS, Recipe, Stage, recipe_from_dict
 from .tasks import Task, build_task
 from .train_state import Optimizers, build_optimizers, load_state, save_state
 
@@ -241,6 +241,7 @@ class Trainer:
     def _check_recipe(self, saved: dict[str, Any], n_begun: int) -> None:
         """Refuse another recipe; stages after the first `n_begun` may differ."""
         recipe = json.loads(json.dumps(self.recipe.to_dict()))
+        saved = json.loads(json.dumps(recipe_from_dict(saved).to_dict()))  # with what has come since, at its default
         got, expected = ({**r, "stages": r["stages"][:n_begun]} for r in (saved, recipe))
         if got != expected:
             different = sorted(k for k in expected if got.get(k) != expected[k])
