@@ -105,7 +105,8 @@ def plot_accuracy(evaluation: Evaluation, path: str | Path) -> None:
     axes = figure.add_subplot()
     for colour, (name, kinds) in enumerate(families.items()):
         for share, style in (("accuracy", "o-"), ("shuffled", "x:")):
-            points = [(n, mean) for n in sorted(evaluation.by_length) if (mean := _mean(evaluation, n, kinds, share))]
+            means = [(n, _mean(evaluation, n, kinds, share)) for n in sorted(evaluation.by_length)]
+            points = [(n, mean) for n, mean in means if mean is not None]
             if points and (share == "accuracy" or name == "order of frames"):
                 label = name if share == "accuracy" else f"{name}, shuffled"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label)
