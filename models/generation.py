@@ -17,7 +17,7 @@ answers independent again, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ def generate_answers(
     prompts: Sequence[VideoPrompt],
     *,
     fixed_batch: int = FIXED_BATCH,
+    listeners: Sequence[Callable[[str], None] | None] = (),
 ) -> list[VideoAnswer]:
     """Answer prompts; each answer is the same whichever other prompts are there (see the file's top).
 
@@ -84,6 +85,9 @@ def generate_answers(
         processor: The model's.
         prompts: Any number, of any lengths and limits.
         fixed_batch: Rows that are decoded together.
+        listeners: For each prompt None, or what is called with the next piece of its answer as it grows, in this
+            thread. The pieces together are the answer's text: what may yet become a stop text, or a cut character, is
+            held back. Nothing for nobody.
 
     Returns:
         One answer per prompt, in order.
@@ -93,10 +97,13 @@ def generate_answers(
     """
     if fixed_batch < 1:
         raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
+    if listeners and len(listeners) != len(prompts):
+        raise ValueError(f"{len(listeners)} listeners for {len(prompts)} prompts; expected one for each, or none")
     rows = []
     for i, prompt in enumerate(prompts):
         try:
-            rows.append(_Row(prompt, check_prompt(model, processor, prompt), model, processor))
+            built = check_prompt(model, processor, prompt)
+            rows.append(_Row(prompt, built, model, processor, listeners[i] if listeners else None))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from error
     # Alike with alike: a group runs until its last row is done, and pads to its longest.
@@ -104,7 +111,8 @@ def generate_answers(
     for start in range(0, len(order), fixed_batch):
         group = [rows[i] for i in order[start : start + fixed_batch]]
         for _ in _decode(model, group, fixed_batch):
-            pass
+            for row in group:
+                row.tell()
     return [row.answer() for row in rows]
 
 
@@ -123,27 +131,28 @@ def stream_answer(
         ValueError: If the prompt does not fit the model.
     """
     row = _Row(prompt, check_prompt(model, processor, prompt), model, processor)
-    n_sent = 0
     for _ in _decode(model, [row], fixed_batch):
-        text = row.settled_text()
-        if len(text) > n_sent:
-            yield text[n_sent:]
-            n_sent = len(text)
-    answer = row.answer()
-    if len(answer.text) > n_sent:
-        yield answer.text[n_sent:]
-    yield answer
+        if piece := row.next_piece():
+            yield piece
+    yield row.answer()
 
 
 class _Row:
     """One answer in the making."""
 
     def __init__(
-        self, prompt: VideoPrompt, built: Prompt, model: StormForConditionalGeneration, processor: StormProcessor
+        self,
+        prompt: VideoPrompt,
+        built: Prompt,
+        model: StormForConditionalGeneration,
+        processor: StormProcessor,
+        listener: Callable[[str], None] | None = None,
     ):
         self.prompt, self.built = prompt, built
+        self._listener = listener
         self.ids: list[int] = []
         self.finish_reason = ""
+        self._n_sent = 0  # characters that `next_piece` gave out
         self._processor = processor
         self._end_ids = _end_ids(model, processor)
         self._limit = min(prompt.max_new_tokens, _max_positions(model) - built.n_tokens)
@@ -173,7 +182,18 @@ class _Row:
         elif len(self.ids) >= self._limit:
             self.finish_reason = "length"
 
-    def settled_text(self) -> str:
+    def next_piece(self) -> str:
+        """Return what of the text has settled since the last call; once done, the rest of it."""
+        piece = self._settled_text()[self._n_sent :]
+        self._n_sent += len(piece)
+        return piece
+
+    def tell(self) -> None:
+        """Give the listener, where there is one, what has settled."""
+        if self._listener is not None and (piece := self.next_piece()):
+            self._listener(piece)
+
+    def _settled_text(self) -> str:
         """Return the text so far that no later token can change."""
         text = self._text()
         if self.done:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from fractions import Fraction
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,61 @@ class StoreSettings(_Section):
     max_bytes: int = Field(256 << 20, ge=1 << 20, description="Oldest chunks leave beyond this.")
 
 
+class ServeSettings(_Section):
+    """The HTTP service: questions about streams, in the form of OpenAI's chat completions."""
+
+    enabled: bool = Field(False, description="Whether `stormline run` starts it; `stormline serve` always does.")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen at; other than this machine: with keys."
+    )
+    port: int = Field(8000, ge=1, le=65_535)
+    keys: list[str] = Field(
+        default_factory=list,
+        description="SHA-256 of each bearer key that is let in, in hex: `stormline serve --new-key` makes one. "
+        "None: everybody on this machine is.",
+    )
+    token_budget: int = Field(512, ge=1, le=1_000_000, description="Video tokens given to the LLM for a question.")
+    token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant"] = Field(
+        "auto", description="How they are chosen; auto: all of a range that fits the budget, else global_local."
+    )
+    max_tokens: int = Field(256, ge=1, le=100_000, description="Longest answer that may be asked for.")
+    timeout_s: float = Field(120.0, gt=0, description="An answer slower than this is given up.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Of a request; a longer one gets 413.")
+    max_prompt_chars: int = Field(16_000, ge=1, description="Of all messages of a request together.")
+    max_parts: int = Field(8, ge=1, description="Video parts of a request.")
+    max_range_s: float = Field(7 * 86_400.0, gt=0, description="Of one video part.")
+    max_concurrent: int = Field(8, ge=1, le=256, description="Questions answered at once.")
+    max_queued: int = Field(32, ge=0, le=1024, description="Questions waiting beyond those; further ones get 429.")
+
+    @field_validator("keys")
+    @classmethod
+    def _are_hashes(cls, keys: list[str]) -> list[str]:
+        for key in keys:
+            if not re.fullmatch(r"[0-9a-f]{64}", key):
+                raise ValueError(
+                    "expected SHA-256 hashes, 64 digits 0-9a-f each, never a key itself; "
+                    "`stormline serve --new-key` makes a key and its hash"
+                )
+        return keys
+
+    @model_validator(mode="after")
+    def _strangers_need_a_key(self) -> ServeSettings:
+        if not self.keys and not self.is_local:
+            raise ValueError(
+                f"host is {self.host!r}, which others can reach, and there are no keys; expected serve.keys with one "
+                "hash or more (`stormline serve --new-key` makes one), or host 127.0.0.1"
+            )
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether only this machine can reach it."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
 class CaptionQuery(_Section):
     """A standing query: a caption of every window of the streams that it names."""
 
@@ -155,6 +211,7 @@ class Settings(_Section):
     lanes: LaneSettings = Field(default_factory=lambda: LaneSettings.model_validate({}))
     llm: LlmSettings = Field(default_factory=lambda: LlmSettings.model_validate({}))
     store: StoreSettings = Field(default_factory=lambda: StoreSettings.model_validate({}))
+    serve: ServeSettings = Field(default_factory=lambda: ServeSettings.model_validate({}))
     queries: list[CaptionQuery] = Field(default_factory=lambda: [CaptionQuery.model_validate({"id": "caption"})])
     ray: RaySettings = Field(default_factory=lambda: RaySettings.model_validate({}))
 
@@ -255,6 +312,7 @@ def masked(settings: Settings) -> dict[str, Any]:
 
     data = settings.model_dump(mode="json")
     data["kafka"]["client"] = walk(data["kafka"]["client"])
+    data["serve"]["keys"] = ["***"] * len(data["serve"]["keys"])
     return data
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from ray import serve
 
 from ..models.prompts import VideoAnswer, VideoPrompt
@@ -24,6 +26,14 @@ class ModelDescription:
     trained: bool
     frame_hw: tuple[int, int]
     chunk_frames: int
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One prompt of a batch, and who hears its answer grow; called in the batch's thread."""
+
+    prompt: VideoPrompt
+    listener: Callable[[str], None] | None = None
 
 
 @serve.deployment(name="VideoLLM", max_ongoing_requests=256)
@@ -48,17 +58,57 @@ class VideoLLM:
         self._answer_batch.set_batch_wait_timeout_s(llm.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
 
     async def answer(self, prompt: VideoPrompt) -> VideoAnswer:
-        """Return the answer to one prompt."""
-        return await self._answer_batch(prompt)
+        """Return the answer to one prompt.
+
+        Raises:
+            ValueError: If the prompt does not fit the model.
+        """
+        self._check(prompt)
+        return await self._answer_batch(_Asked(prompt))
+
+    async def stream(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
+        """Yield the answer's text piece by piece as it grows, and at last the whole answer.
+
+        It shares its batch with whatever else is asked, streamed or not, and is the same text as `answer` gives.
+
+        Raises:
+            ValueError: If the prompt does not fit the model; before the first piece.
+        """
+        self._check(prompt)
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def listener(piece: str) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        answering = asyncio.ensure_future(self._answer_batch(_Asked(prompt, listener)))
+        answering.add_done_callback(lambda _: pieces.put_nowait(None))
+        while (piece := await pieces.get()) is not None:
+            yield piece
+        yield await answering
+
+    async def embed(self, text: str) -> np.ndarray:
+        """Return a question's embedding (d_model,) float32, for the token policy `relevant`."""
+        import torch
+
+        ids = self._loaded.processor.tokenizer.encode(text, add_special_tokens=False)
+        return self._loaded.model.embed_text(torch.tensor(ids, dtype=torch.long))
+
+    def _check(self, prompt: VideoPrompt) -> None:
+        """Refuse what does not fit before it joins a batch, which would fail with it."""
+        from ..models.generation import check_prompt
+
+        check_prompt(self._loaded.model, self._loaded.processor, prompt)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
-    async def _answer_batch(self, prompts: Sequence[VideoPrompt]) -> list[VideoAnswer]:
-        import asyncio
-
+    async def _answer_batch(self, asked: Sequence[_Asked]) -> list[VideoAnswer]:
         from ..models.generation import generate_answers
 
+        prompts, listeners = [a.prompt for a in asked], [a.listener for a in asked]
         # In a thread, so that the replica goes on taking requests into the next batch.
-        answers = await asyncio.to_thread(generate_answers, self._loaded.model, self._loaded.processor, list(prompts))
+        answers = await asyncio.to_thread(
+            generate_answers, self._loaded.model, self._loaded.processor, prompts, listeners=listeners
+        )
         self._answered += len(answers)
         self._batches += 1
         self._generated_tokens += sum(a.generated_tokens for a in answers)

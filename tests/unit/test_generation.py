@@ -191,6 +191,21 @@ def test_stream_answer_when_read_to_the_end_then_pieces_are_the_answer(loaded):
         assert len(pieces) > 2 or stop
 
 
+def test_generate_when_listened_to_then_pieces_are_the_answer_that_nobody_listened_to(loaded):
+    prompts = [make_prompt(i, video=i, max_new_tokens=12 + i) for i in range(3)]
+    heard: list[list[str]] = [[], []]
+
+    answers = generate_answers(
+        loaded.model, loaded.processor, prompts, listeners=[heard[0].append, None, heard[1].append]
+    )
+
+    assert answers == generate_answers(loaded.model, loaded.processor, prompts)
+    assert ["".join(pieces) for pieces in heard] == [answers[0].text, answers[2].text]
+    assert len(heard[0]) > 2
+    with pytest.raises(ValueError, match="1 listeners for 3 prompts"):
+        generate_answers(loaded.model, loaded.processor, prompts, listeners=[None])
+
+
 def test_generate_when_a_prompt_does_not_fit_then_names_it(loaded):
     fits = make_prompt(1, video=0)
     wide = VideoPrompt("?", (VideoChunk(0, 1, np.zeros((2, 100), np.float16)),))
