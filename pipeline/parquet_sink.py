@@ -271,18 +271,22 @@ def data_file_path(root: Path, table: str, date: str, lane: int, epoch: int) -> 
     return root / table / f"date={date}" / f"lane-{lane:03d}-epoch-{epoch:08d}.parquet"
 
 
-def find_data_files(root: Path, tables: Sequence[str] = tuple(TABLES)) -> Iterator[FoundFile]:
-    """Yield every data file that a lane wrote, committed or not, and the drafts, in no order."""
+def find_data_files(
+    root: Path, tables: Sequence[str] = tuple(TABLES), *, date: str | None = None
+) -> Iterator[FoundFile]:
+    """Yield every data file that a lane wrote, committed or not, and the drafts, in no order; or one date's alone."""
     for table in tables:
         folder = root / table
         dates = [d for d in os.scandir(folder) if d.is_dir()] if folder.is_dir() else []
-        for date in dates:
-            for entry in os.scandir(date.path):
+        if date is not None:
+            dates = [d for d in dates if d.name == f"date={date}"]
+        for day in dates:
+            for entry in os.scandir(day.path):
                 match = _DATA_FILE.fullmatch(entry.name)
                 if match:
                     yield FoundFile(
                         table,
-                        date.name.removeprefix("date="),
+                        day.name.removeprefix("date="),
                         int(match.group(1)),
                         int(match.group(2)),
                         Path(entry.path),

@@ -10,28 +10,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from ray import serve
 
 from ..operators.rows import Chunk
+from .chunk_index import ChunkIndex, PastChunk
 
 LATENCY_SAMPLES = 4096  # of the newest chunks, for percentiles
+
+
+@dataclass(frozen=True, eq=False)
+class HeldStream:
+    """What a store has of one stream."""
+
+    complete_from_ns: int  # of what starts at or after this, nothing is missing
+    index: ChunkIndex
 
 
 class TokenMemory:
     """Chunks of all streams, in order of time within each, the oldest leaving beyond `max_bytes`.
 
-    A chunk that a restarted lane pushes again takes the place of the first one.
+    A chunk that a restarted lane pushes again takes the place of the first one. For each stream it knows from when on
+    it has everything: that it may have been started in the middle of a stream, or have dropped chunks, makes what came
+    before a matter of the tokens table.
     """
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
         self._n_bytes = 0
         self._streams: dict[str, list[Chunk]] = {}
+        self._complete_from_ns: dict[str, int] = {}
         self._arrived: deque[tuple[str, str, int]] = deque()
 
     def put(self, chunk: Chunk) -> None:
         """Take one chunk in, making room for it."""
         chunks = self._streams.setdefault(chunk.stream_id, [])
+        self._complete_from_ns.setdefault(chunk.stream_id, chunk.start_ns)
         i = bisect_left(chunks, _order(chunk), key=_order)
         if i < len(chunks) and _order(chunks[i]) == _order(chunk):
             self._n_bytes += chunk.tokens.nbytes - chunks[i].tokens.nbytes
@@ -49,14 +63,33 @@ class TokenMemory:
         for i, chunk in enumerate(chunks):
             if (chunk.session, chunk.chunk_index) == (session, chunk_index):
                 self._n_bytes -= chunk.tokens.nbytes
+                self._complete_from_ns[stream_id] = max(self._complete_from_ns[stream_id], chunk.end_ns)
                 del chunks[i]
                 break
         if not chunks:
-            del self._streams[stream_id]
+            del self._streams[stream_id], self._complete_from_ns[stream_id]
 
     def read(self, stream_id: str, start_ns: int, end_ns: int) -> list[Chunk]:
         """Return the chunks that overlap [start_ns, end_ns), in order; none for an unknown stream."""
         return [c for c in self._streams.get(stream_id, ()) if c.end_ns > start_ns and c.start_ns < end_ns]
+
+    def held(self, stream_id: str) -> HeldStream | None:
+        """Return what is held of a stream; None for one of which nothing is."""
+        chunks = self._streams.get(stream_id)
+        if not chunks:
+            return None
+        index = ChunkIndex(
+            np.array([c.start_ns for c in chunks], np.int64),
+            np.array([c.end_ns for c in chunks], np.int64),
+            np.array([c.tokens.shape[0] for c in chunks], np.int32),
+        )
+        return HeldStream(self._complete_from_ns[stream_id], index)
+
+    def pick(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
+        """Return the chunks that start at these times, in order; those that have left meanwhile are missing."""
+        wanted = set(starts_ns.tolist())
+        chunks = self._streams.get(stream_id, ())
+        return [PastChunk(c.start_ns, c.end_ns, c.tokens) for c in chunks if c.start_ns in wanted]
 
     def streams(self) -> dict[str, tuple[int, int, int]]:
         """Return for each stream: first start_ns, last end_ns, number of chunks."""
@@ -100,6 +133,18 @@ class TokenStore:
     async def read(self, stream_id: str, start_ns: int, end_ns: int) -> list[Chunk]:
         """Return the chunks that overlap [start_ns, end_ns)."""
         return self._memory.read(stream_id, start_ns, end_ns)
+
+    async def held(self, stream_id: str) -> HeldStream | None:
+        """Return what is held of a stream, without the tokens."""
+        return self._memory.held(stream_id)
+
+    async def pick(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
+        """Return the chunks that start at these times."""
+        return self._memory.pick(stream_id, starts_ns)
+
+    async def streams(self) -> dict[str, tuple[int, int, int]]:
+        """Return for each stream: first start_ns, last end_ns, number of chunks."""
+        return self._memory.streams()
 
     async def stats(self) -> dict[str, Any]:
         """Return streams, bytes held and the latency of pushes."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...operators.errors import SettingsError
+from .. import durations
 
 if TYPE_CHECKING:
     from ..table_reader import TableReader
 
 POLL_S = 1.0
-_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 class OutputFormat(str, Enum):
@@ -99,19 +98,13 @@ def parse_since(text: str | None, now: datetime) -> datetime | None:
     Raises:
         SettingsError: If it is neither.
     """
-    if text is None:
-        return None
-    ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     try:
-        if ago:
-            return now - timedelta(seconds=float(ago.group(1)) * _UNITS_S[ago.group(2)])
-        moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text.strip()))
-    except (ValueError, OverflowError) as error:
+        return None if text is None else durations.parse_since(text, now)
+    except ValueError as error:
         raise SettingsError(
             f"--since {text!r} is no time: expected how long ago (30s, 10m, 2h, 1d) or a time such as "
             f"2026-01-31T12:00 (UTC) or 2026-01-31T12:00+01:00."
         ) from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def follow_rows(

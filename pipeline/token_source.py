@@ -1,0 +1,134 @@
+"""One place to get a stream's tokens from: the newest out of the store's memory, what is older out of Parquet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from .chunk_index import ChunkIndex, PastChunk
+from .token_files import TokenFiles
+from .token_store import HeldStream
+
+logger = logging.getLogger(__name__)
+
+STORE_TIMEOUT_S = 3.0  # without an answer by then, Parquet has to do; a store that restarts is back soon
+_NS_PER_US = 1_000
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """What is asked of the token store; `pipeline.serving.StoreReader` is one."""
+
+    async def held(self, stream_id: str) -> HeldStream | None:
+        """Return what is held of a stream."""
+        ...
+
+    async def pick(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
+        """Return the chunks that start at these times, those that are still there."""
+        ...
+
+    async def streams(self) -> dict[str, tuple[int, int, int]]:
+        """Return for each stream: first start_ns, last end_ns, number of chunks."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamSpan:
+    """From when to when a stream has tokens."""
+
+    start_ns: int
+    end_ns: int
+    n_chunks: int
+
+
+@dataclass(frozen=True, eq=False)
+class RangeIndex:
+    """A stream's chunks in a range, and which of them the store holds."""
+
+    stream_id: str
+    chunks: ChunkIndex
+    in_store: np.ndarray  # (n,) bool
+
+
+class TokenSource:
+    """The tokens of all streams, by stream and time.
+
+    Each chunk comes once. A range that the store holds whole does not touch the disk; where the store was restarted
+    or does not answer, committed Parquet files do, so that at most what was not yet committed is missing for a moment.
+
+    Args:
+        files: The tokens table.
+        store: The token store.
+    """
+
+    def __init__(self, files: TokenFiles, store: Store):
+        self._files = files
+        self._store = store
+
+    async def streams(self) -> dict[str, StreamSpan]:
+        """Return every stream that has tokens, with its first and last time, sorted by name."""
+        await asyncio.to_thread(self._files.refresh)
+        spans = {name: StreamSpan(*span) for name, span in self._files.streams().items()}
+        for name, (start_ns, end_ns, n_chunks) in (await self._ask(self._store.streams()) or {}).items():
+            old = spans.get(name, StreamSpan(start_ns, end_ns, n_chunks))
+            spans[name] = StreamSpan(min(old.start_ns, start_ns), max(old.end_ns, end_ns), max(old.n_chunks, n_chunks))
+        return dict(sorted(spans.items()))
+
+    async def last_ns(self, stream_id: str) -> int | None:
+        """Return when the stream's newest chunk ends; None for a stream without tokens."""
+        held = await self._ask(self._store.held(stream_id))
+        if held is not None:
+            return int(held.index.end_ns.max())
+        await asyncio.to_thread(self._files.refresh)
+        span = self._files.streams().get(stream_id)
+        return span[1] if span else None
+
+    async def index(self, stream_id: str, start_ns: int, end_ns: int) -> RangeIndex:
+        """Return which chunks overlap [start_ns, end_ns), in order, without their tokens."""
+        held = await self._ask(self._store.held(stream_id))
+        # Times in Parquet are rounded down to microseconds: the boundary is, too, or a chunk at it would come twice.
+        complete_from_ns = end_ns if held is None else held.complete_from_ns // _NS_PER_US * _NS_PER_US
+        parts, in_store = [], []
+        if start_ns < complete_from_ns:
+            await asyncio.to_thread(self._files.refresh)
+            old = self._files.index(stream_id, start_ns, end_ns)
+            old = old.where(np.flatnonzero(old.start_ns < complete_from_ns))
+            parts, in_store = [old], [np.zeros(len(old), bool)]
+        if held is not None:
+            new = held.index.overlapping(start_ns, end_ns)
+            new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))
+            parts, in_store = [*parts, new], [*in_store, np.ones(len(new), bool)]
+        return RangeIndex(stream_id, ChunkIndex.join(parts), np.concatenate(in_store))
+
+    async def read(self, found: RangeIndex, chosen: np.ndarray) -> list[PastChunk]:
+        """Return chunks with their tokens, in order of start.
+
+        Args:
+            found: From `index`.
+            chosen: (n,) positions in it.
+        """
+        starts_ns, in_store = found.chunks.start_ns[chosen], found.in_store[chosen]
+        wanted = starts_ns[in_store]
+        picked = await self._ask(self._store.pick(found.stream_id, wanted)) or [] if len(wanted) else []
+        have = {chunk.start_ns for chunk in picked}
+        # What left the store since the index was made has been committed, but for a store that just died.
+        left = [start // _NS_PER_US * _NS_PER_US for start in wanted.tolist() if start not in have]
+        from_files = np.concatenate([starts_ns[~in_store], np.array(left, np.int64)])
+        older: list[PastChunk] = []
+        if len(from_files):
+            if left:
+                await asyncio.to_thread(self._files.refresh)
+            older = await asyncio.to_thread(self._files.read, found.stream_id, from_files)
+        return sorted([*older, *picked], key=lambda chunk: chunk.start_ns)
+
+    async def _ask(self, answer: Awaitable[T]) -> T | None:
+        try:
+            return await asyncio.wait_for(answer, STORE_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 (the edge to another process: whatever came out of it)
+            logger.warning("store_not_answering error=%s; reading Parquet instead", type(error).__name__)
+            return None

@@ -1,0 +1,257 @@
+"""Tokens by stream and time: out of memory, out of written Parquet folders, and across both."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stormline.operators.rows import Chunk, Position
+from stormline.pipeline.chunk_index import CANDIDATE_CHUNKS, POOLED_CHUNKS, ChunkIndex, choose_chunks, choose_policy
+from stormline.pipeline.parquet_sink import EpochWriter
+from stormline.pipeline.recovery import recover
+from stormline.pipeline.token_files import TokenFiles
+from stormline.pipeline.token_source import TokenSource
+from stormline.pipeline.token_store import TokenMemory
+
+S_NS = 10**9
+NOON_NS = 1_769_860_800 * S_NS  # 2026-01-31T12:00:00Z
+EVENING_NS = NOON_NS + 12 * 3600 * S_NS - 4 * S_NS  # two chunks before midnight
+IDENTITY = {"model": "m"}
+
+
+def make_chunk(index, stream="gate", origin_ns=NOON_NS, n_tokens=4):
+    """A chunk of two seconds whose tokens are all its index."""
+    start_ns = origin_ns + index * 2 * S_NS + 789  # not whole microseconds, as from 30000/1001 frames a second
+    tokens = np.full((n_tokens, 3), index, np.float16)
+    return Chunk(stream, "s", index, start_ns, start_ns + 2 * S_NS, NOON_NS, 4, 0.5, "video", 0, index, 0, tokens)
+
+
+class Folder:
+    """An output folder that one lane writes to."""
+
+    def __init__(self, root):
+        self.root = root
+        self._writer = EpochWriter(recover(root, lanes=1, identity=IDENTITY).for_lane(0, (("video", 0),)),
+                                   model="m", identity=IDENTITY)  # fmt: skip
+
+    def commit(self, *chunks):
+        offset = self._writer.next_epoch
+        self._writer.commit(chunks=chunks, positions=[Position("video", 0, offset)], snapshots={})
+
+    def abandon(self, *chunks):
+        """Publish the rows of an epoch that is never committed."""
+
+        class CutError(Exception):
+            pass
+
+        def stop(number):
+            if number == 2:
+                raise CutError
+
+        self._writer.step_done = stop
+        with pytest.raises(CutError):
+            self.commit(*chunks)
+
+
+class MemoryStore:
+    """The token store without Ray."""
+
+    def __init__(self, *chunks, max_bytes=10**9):
+        self.memory = TokenMemory(max_bytes)
+        for chunk in chunks:
+            self.memory.put(chunk)
+
+    async def held(self, stream_id):
+        return self.memory.held(stream_id)
+
+    async def pick(self, stream_id, starts_ns):
+        return self.memory.pick(stream_id, starts_ns)
+
+    async def streams(self):
+        return self.memory.streams()
+
+
+class DeadStore(MemoryStore):
+    async def held(self, stream_id):
+        raise ConnectionError
+
+    pick = streams = held
+
+
+class UnreadFiles(TokenFiles):
+    """Fails where the disk is touched."""
+
+    def refresh(self):
+        raise AssertionError("the disk was touched")
+
+
+def read_all(source, start_s=0, end_s=10**5, stream="gate"):
+    """Return what each chunk's tokens say, in order."""
+
+    async def read():
+        found = await source.index(stream, NOON_NS + int(start_s * S_NS), NOON_NS + int(end_s * S_NS))
+        return await source.read(found, np.arange(len(found.chunks)))
+
+    return [int(chunk.tokens[0, 0]) for chunk in asyncio.run(read())]
+
+
+def test_files_when_read_then_the_range_of_that_stream_in_order(tmp_path):
+    folder = Folder(tmp_path)
+    folder.commit(make_chunk(0), make_chunk(1), make_chunk(1, "yard"))
+    folder.commit(make_chunk(2), make_chunk(3), make_chunk(4, "yard"))
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore())
+
+    assert read_all(source) == [0, 1, 2, 3]
+    assert read_all(source, 3, 4.5) == [1, 2]
+    assert read_all(source, stream="yard") == [1, 4]
+    assert read_all(source, stream="nobody") == []
+    assert asyncio.run(source.last_ns("yard")) == make_chunk(4).end_ns // 1000 * 1000
+    assert asyncio.run(source.last_ns("nobody")) is None
+
+
+def test_files_when_a_lane_goes_on_writing_then_what_it_commits_is_found(tmp_path):
+    folder, files = Folder(tmp_path), TokenFiles(tmp_path)
+    source = TokenSource(files, MemoryStore())
+    assert read_all(source) == []
+
+    folder.commit(make_chunk(0))
+    first = read_all(source)
+    folder.commit(make_chunk(1), make_chunk(2, origin_ns=EVENING_NS))
+
+    assert (first, read_all(source)) == ([0], [0, 1, 2])
+    assert asyncio.run(source.streams())["gate"].n_chunks == 3
+
+
+def test_files_when_an_epoch_is_not_committed_then_its_rows_do_not_count(tmp_path):
+    folder = Folder(tmp_path)
+    folder.commit(make_chunk(0))
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore())
+    folder.abandon(make_chunk(1))
+    before = read_all(source)
+
+    again = Folder(tmp_path)
+    again.commit(make_chunk(1), make_chunk(2))
+
+    assert (before, read_all(source)) == ([0], [0, 1, 2])
+
+
+def test_files_when_recovery_took_one_away_then_the_rest_is_read(tmp_path):
+    folder = Folder(tmp_path)
+    folder.commit(make_chunk(0))
+    folder.commit(make_chunk(1))
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore())
+    assert read_all(source) == [0, 1]
+
+    next((tmp_path / "tokens").rglob("*epoch-00000001.parquet")).unlink()
+
+    assert read_all(source) == [1]
+
+
+def test_files_when_a_range_is_short_then_only_its_files_are_opened(tmp_path, monkeypatch):
+    from stormline.pipeline import token_files
+
+    folder = Folder(tmp_path)
+    for index in range(20):
+        folder.commit(make_chunk(index))
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore())
+    asyncio.run(source.streams())
+    opened = []
+    real = token_files.ds.dataset
+    monkeypatch.setattr(token_files.ds, "dataset", lambda paths, **how: opened.extend(paths) or real(paths, **how))
+
+    assert read_all(source, 9.9, 13) == [4, 5, 6]
+    assert len(opened) == 3
+
+
+def test_source_when_the_store_holds_the_range_then_the_disk_is_not_touched(tmp_path):
+    source = TokenSource(UnreadFiles(tmp_path), MemoryStore(*map(make_chunk, range(5))))
+
+    assert read_all(source, 2.5, 9) == [1, 2, 3, 4]
+
+
+def test_source_when_the_store_has_only_the_newest_then_parquet_gives_the_rest_and_nothing_comes_twice(tmp_path):
+    chunks = [make_chunk(index) for index in range(8)]
+    folder = Folder(tmp_path)
+    folder.commit(*chunks[:3])
+    folder.commit(*chunks[3:6])  # 6 and 7 are not committed yet
+    restarted = MemoryStore(*chunks[4:])
+    full = MemoryStore(*chunks, max_bytes=chunks[0].tokens.nbytes * 5)
+
+    assert read_all(TokenSource(TokenFiles(tmp_path), restarted)) == list(range(8))
+    assert read_all(TokenSource(TokenFiles(tmp_path), full)) == list(range(8))
+
+
+def test_source_when_the_store_is_dead_then_parquet_answers(tmp_path):
+    Folder(tmp_path).commit(*map(make_chunk, range(3)))
+
+    assert read_all(TokenSource(TokenFiles(tmp_path), DeadStore())) == [0, 1, 2]
+
+
+def test_source_when_chunks_leave_the_store_before_they_are_read_then_parquet_gives_them(tmp_path):
+    chunks = [make_chunk(index) for index in range(4)]
+    Folder(tmp_path).commit(*chunks)
+    store = MemoryStore(*chunks)
+    source = TokenSource(TokenFiles(tmp_path), store)
+
+    async def read():
+        found = await source.index("gate", NOON_NS, NOON_NS + 100 * S_NS)
+        store.memory = TokenMemory(10**9)
+        return await source.read(found, np.arange(4))
+
+    assert [int(c.tokens[0, 0]) for c in asyncio.run(read())] == [0, 1, 2, 3]
+
+
+def test_streams_when_some_are_in_memory_and_some_on_disk_then_all_with_first_and_last_time(tmp_path):
+    Folder(tmp_path).commit(make_chunk(0), make_chunk(0, "yard"))
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore(make_chunk(1), make_chunk(5, "attic")))
+
+    spans = asyncio.run(source.streams())
+
+    assert list(spans) == ["attic", "gate", "yard"]
+    assert spans["gate"].start_ns // 1000 == make_chunk(0).start_ns // 1000
+    assert spans["gate"].end_ns == make_chunk(1).end_ns
+
+
+def test_memory_when_an_older_chunk_comes_late_then_it_is_not_taken_for_all_since(tmp_path):
+    store = MemoryStore(make_chunk(10), make_chunk(11), make_chunk(2))
+
+    held = store.memory.held("gate")
+
+    assert held is not None
+    assert held.complete_from_ns == make_chunk(10).start_ns
+
+
+def make_index(n, n_tokens=4):
+    starts = np.arange(n, dtype=np.int64)
+    return ChunkIndex(starts, starts + 1, np.full(n, n_tokens, np.int32))
+
+
+@pytest.mark.parametrize("policy", ["recent", "uniform", "global_local", "relevant"])
+def test_choose_when_the_range_fits_then_all_else_a_bounded_number_with_the_newest(policy):
+    assert choose_chunks(make_index(10), 40, policy).tolist() == list(range(10))
+
+    hour, week = (choose_chunks(make_index(n), 400, policy) for n in (1800, 302_400))
+
+    assert len(hour) == len(week) <= 100 + max(POOLED_CHUNKS, CANDIDATE_CHUNKS)
+    assert week[-1] == 302_399
+    assert len(set(week.tolist())) == len(week)
+
+
+def test_choose_when_a_chunk_is_larger_than_the_budget_then_the_newest_alone():
+    assert choose_chunks(make_index(5, n_tokens=100), 8, "recent").tolist() == [4]
+
+
+def test_auto_when_the_range_fits_then_recent_else_global_local():
+    assert choose_policy("auto", 512, 512) == "recent"
+    assert choose_policy("auto", 513, 512) == "global_local"
+    assert choose_policy("uniform", 513, 512) == "uniform"
+
+
+def test_put_when_a_chunk_is_replaced_then_held_once():
+    store = MemoryStore(make_chunk(0), replace(make_chunk(0), scene_score=0.1))
+
+    held = store.memory.held("gate")
+
+    assert held is not None
+    assert len(held.index) == 1
