@@ -52,8 +52,12 @@ def _deploy(settings: Settings) -> None:
     from .token_store import TokenStore
     from .video_llm import VideoLLM
 
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here, too
+    logging.disable(logging.INFO)  # as it starts, Serve sets its logger's level here to INFO and tells each step
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+    finally:
+        logging.disable(logging.NOTSET)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},

@@ -59,6 +59,7 @@ class Stage:
             change, after the temporal encoder. ``text``: questions and captions.
         train: Of `PARTS`, those whose weights change.
         steps: Optimiser steps.
+        schedule_steps: Steps that the learning rate is laid out for, where the stage ends before them; 0: `steps`.
         batch: Clips in a step; for ``text``, windows.
         learning_rate: At its highest, after the warm-up; it falls along a cosine to a twentieth of that.
         optimizer: ``adamw``, or ``muon`` for the matrices inside the blocks and AdamW for everything else.
@@ -82,6 +83,7 @@ class Stage:
     task: Task
     train: tuple[str, ...]
     steps: int
+    schedule_steps: int = 0
     batch: int = 8
     learning_rate: float = 1e-3
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -171,6 +173,7 @@ class Recipe:
         for stage in self.stages:
             values = {f.name: getattr(stage, f.name) for f in fields(Stage)}
             values["steps"] = max(1, round(stage.steps * factor))
+            values["schedule_steps"] = round(stage.schedule_steps * factor)
             values["warmup_steps"] = round(stage.warmup_steps * min(1.0, factor))
             if stage.cached_streams:
                 values["cached_streams"] = max(1, round(stage.cached_streams * factor))

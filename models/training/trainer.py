@@ -292,7 +292,8 @@ def learning_rate_at(stage: Stage, step: int) -> float:
     """Return the learning rate of a step: a linear warm-up, then a cosine down to a twentieth."""
     if step < stage.warmup_steps:
         return stage.learning_rate * (step + 1) / stage.warmup_steps
-    share = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
+    n_steps = stage.schedule_steps or stage.steps
+    share = (step - stage.warmup_steps) / max(1, n_steps - stage.warmup_steps)
     return stage.learning_rate * (FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
