@@ -94,9 +94,9 @@ class LaneSettings(_Section):
     barrier_interval_s: float = Field(2.0, gt=0, description="Time between commits.")
     max_rows_in_flight: int = Field(32, ge=1, description="Records waiting for the LLM at once, a lane.")
     renew_after_segments: int = Field(
-        200_000,
+        100_000,
         ge=1,
-        description="A lane stops at a commit and starts again after so many: Ray's own memory grows 4 kB with each.",
+        description="A lane stops at a commit and starts again after so many: Ray keeps 5 to 10 kB of each.",
     )
     stall_s: float = Field(120.0, gt=0, description="A lane without a barrier for so long is restarted.")
     restart_backoff_s: float = Field(1.0, gt=0, description="First wait before a restart; doubles up to 30 s.")
