@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from ray import serve
 
 from ..models.prompts import VideoAnswer, VideoPrompt
-from ..operators.errors import ServiceError
+from ..operators.errors import ServiceError, SettingsError
 from ..operators.rows import Chunk
-from .settings import Settings
+from .chunk_index import PastChunk
+from .settings import ServeSettings, Settings
 from .video_llm import ModelDescription
+
+if TYPE_CHECKING:
+    from .token_store import HeldStream
 
 logger = logging.getLogger(__name__)
 
 LLM_APP = "stormline-llm"
 STORE_APP = "stormline-store"
+FRONT_APP = "stormline-front"  # with `serve.enabled` alone
 APPS = (LLM_APP, STORE_APP)
 ATTEMPTS = 4  # of one answer; a replica that died is back within the waits between them
 DESCRIBE_TIMEOUT_S = 30.0
@@ -28,13 +35,14 @@ RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
 
 @contextmanager
 def services(settings: Settings) -> Iterator[None]:
-    """Have the LLM and the token store answer within the block.
+    """Have the LLM, the token store and, where the settings say so, the HTTP front answer within the block.
 
     Where both run already on this Ray, they are used as they are and left running; else they are deployed, and
     taken down after the block.
     """
-    if set(APPS) <= _running_apps():
-        logger.info("services_reused apps=%s", ",".join(APPS))
+    wanted = {*APPS, FRONT_APP} if settings.serve.enabled else set(APPS)
+    if wanted <= _running_apps():
+        logger.info("services_reused apps=%s", ",".join(sorted(wanted)))
         yield
         return
     _deploy(settings)
@@ -52,12 +60,7 @@ def _deploy(settings: Settings) -> None:
     from .token_store import TokenStore
     from .video_llm import VideoLLM
 
-    logging.disable(logging.INFO)  # as it starts, Serve sets its logger's level here to INFO and tells each step
-    try:
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-    finally:
-        logging.disable(logging.NOTSET)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _start_serve(settings.serve)
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},
@@ -65,12 +68,51 @@ def _deploy(settings: Settings) -> None:
     store = TokenStore.options(ray_actor_options={"num_cpus": 0.1}).bind(  # type: ignore[attr-defined]
         settings.store.max_bytes
     )
-    serve.run_many(
-        [
-            serve.RunTarget(llm, name=LLM_APP, route_prefix=None),
-            serve.RunTarget(store, name=STORE_APP, route_prefix=None),
-        ]
-    )
+    targets = [
+        serve.RunTarget(llm, name=LLM_APP, route_prefix=None),
+        serve.RunTarget(store, name=STORE_APP, route_prefix=None),
+    ]
+    if settings.serve.enabled:
+        targets.append(serve.RunTarget(_bind_front(settings), name=FRONT_APP, route_prefix="/"))
+    serve.run_many(targets)
+
+
+def _bind_front(settings: Settings) -> serve.Application:
+    from .front.deployment import Front
+
+    # Absolute: a replica's working folder is its own.
+    front = Front.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]
+    return front.bind(settings.serve, settings.output.path.resolve())
+
+
+def _start_serve(http: ServeSettings) -> None:
+    # No access log: what is asked about, and when, is nobody else's business.
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    if http.enabled:
+        check_port(http.host, http.port)
+        options = {"host": http.host, "port": http.port}
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
+    else:
+        serve.start(proxy_location="Disabled", logging_config=quiet)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here, too
+
+
+def check_port(host: str, port: int) -> None:
+    """See that the service can listen there.
+
+    Raises:
+        SettingsError: If the port is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}. Choose another with "
+            f"--set serve.port=8001 (or serve.host), or stop what uses it."
+        ) from error
 
 
 def describe_model() -> ModelDescription:
@@ -135,3 +177,56 @@ class StoreClient:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_handle": None}
+
+
+class LlmReader:
+    """Ask the LLM deployment for people who wait: one attempt, piece by piece. Connects where it is first used."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def _deployment(self) -> Any:
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle("VideoLLM", LLM_APP)
+        return self._handle
+
+    async def describe(self) -> ModelDescription:
+        """Return what the model is."""
+        return await self._deployment().describe.remote()
+
+    async def embed(self, text: str) -> np.ndarray:
+        """Return a text's embedding (d_model,) float32."""
+        return await self._deployment().embed.remote(text)
+
+    async def stream(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
+        """Yield the answer's pieces, and at last the whole answer.
+
+        Raises:
+            ValueError: If the prompt does not fit the model.
+        """
+        async for piece in self._deployment().options(stream=True).stream.remote(prompt):
+            yield piece
+
+
+class StoreReader:
+    """Ask the token store for what it holds. Connects where it is first used."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def _deployment(self) -> Any:
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle("TokenStore", STORE_APP)
+        return self._handle
+
+    async def held(self, stream_id: str) -> HeldStream | None:
+        """Return what is held of a stream, without the tokens."""
+        return await self._deployment().held.remote(stream_id)
+
+    async def pick(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
+        """Return the chunks that start at these times, those that are still there."""
+        return await self._deployment().pick.remote(stream_id, starts_ns)
+
+    async def streams(self) -> dict[str, tuple[int, int, int]]:
+        """Return for each stream: first start_ns, last end_ns, number of chunks."""
+        return await self._deployment().streams.remote()

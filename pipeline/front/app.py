@@ -1,0 +1,331 @@
+"""The HTTP interface: OpenAI's models and chat completions, and what streams there are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...models.prompts import VideoAnswer
+from ...operators.errors import SettingsError
+from ..durations import format_moment, parse_since
+from ..settings import ServeSettings
+from ..table_reader import RowFilter, TableReader
+from ..token_source import TokenSource
+from .access import Admission, check_host, check_key
+from .answering import Answerer, VideoUse
+from .api_errors import ApiError
+from .chat_request import ChatRequest, bad_request, read_chat_request
+
+logger = logging.getLogger(__name__)
+
+MODEL_ALIAS = "stormline"  # whatever model is there, so that a client need not know its name
+MAX_CAPTIONS = 1000
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the interface stands on."""
+
+    answerer: Answerer
+    source: TokenSource
+    out: Path  # the output folder, for captions
+    limits: ServeSettings
+
+
+def build_app(backend: Backend) -> FastAPI:
+    """Return the ASGI application."""
+    app = FastAPI(title="stormline", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
+    admission = Admission(backend.limits.max_concurrent, backend.limits.max_queued)
+    started_s = int(time.time())
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """List the model, under its name and as `stormline`."""
+        name = (await backend.answerer.describe()).name
+        return {"object": "list", "data": [_model(name, started_s), _model(MODEL_ALIAS, started_s)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> dict[str, Any]:
+        """Show one of the models."""
+        await _check_model(name, backend)
+        return _model(name, started_s)
+
+    @app.get("/v1/streams")
+    async def list_streams() -> dict[str, Any]:
+        """List the streams that have video to ask about."""
+        spans = await backend.source.streams()
+        data = [
+            {
+                "id": name,
+                "object": "stream",
+                "first_time": format_moment(span.start_ns),
+                "last_time": format_moment(span.end_ns),
+                "chunks": span.n_chunks,
+            }
+            for name, span in spans.items()
+        ]
+        return {"object": "list", "data": data}
+
+    @app.get("/v1/streams/{stream_id:path}/captions")
+    async def list_captions(
+        stream_id: str, since: str | None = None, limit: int = Query(100, ge=1, le=MAX_CAPTIONS)
+    ) -> dict[str, Any]:
+        """List the newest committed captions and alerts of a stream, oldest first; `since` is 10m or a time."""
+        return await anyio.to_thread.run_sync(_captions, backend.out, stream_id, since, limit)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        """Answer a question about video; see the README for its form."""
+        asked = read_chat_request(await _json_of(request), backend.limits)
+        model = await _check_model(asked.model, backend)
+        completion = _Completion(backend.answerer, admission, asked, model)
+        if not asked.stream:
+            return JSONResponse(await completion.whole())
+        events = completion.events()
+        first = await anext(events)  # what is wrong before the first word is an error with a status of its own
+        return StreamingResponse(_rest(first, events), media_type="text/event-stream", headers=_NO_BUFFER)
+
+    app.add_exception_handler(ApiError, _say_api_error)
+    app.add_exception_handler(HTTPException, _say_http_error)
+    app.add_exception_handler(RequestValidationError, _say_invalid)
+    app.add_middleware(Guard, settings=backend.limits)
+    return app
+
+
+_NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Guard:
+    """Stands before everything: keys, hosts, the size of bodies, and that no error's text gets into a log.
+
+    Args:
+        app: The application behind it.
+        settings: With the keys and limits.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings):
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            self._check(Request(scope))
+            await self._app(scope, self._counted(receive), send_on)
+        except ApiError as error:
+            await _error_response(error)(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 (the edge of the service)
+            logger.error("request_failed path=%s error=%s", scope["path"], type(error).__name__)
+            if begun:
+                raise ConnectionError("the answer broke off") from None
+            await _error_response(ApiError(500, "something went wrong here; it is logged", code="internal_error"))(
+                scope, receive, send
+            )
+
+    def _check(self, request: Request) -> None:
+        if not self._settings.keys:
+            check_host(request.headers.get("host"))
+        check_key(request.headers.get("authorization"), self._settings.keys)
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._settings.max_body_bytes:
+            raise _too_large(self._settings.max_body_bytes)
+
+    def _counted(self, receive: Receive) -> Receive:
+        n_bytes = 0
+
+        async def receive_some() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > self._settings.max_body_bytes:
+                raise _too_large(self._settings.max_body_bytes)
+            return message
+
+        return receive_some
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is too large; expected {limit_bytes} bytes or fewer", code="body_too_large")
+
+
+async def _json_of(request: Request) -> Any:
+    # Only JSON: what a form on a page elsewhere may send without asking first must not reach a service without keys.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "expected a body of Content-Type application/json", code="unsupported_media_type")
+    try:
+        body = json.loads(await request.body())
+        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair passes the first, and no answer
+        return body
+    except (ValueError, RecursionError):
+        raise bad_request("the body is not JSON", code="invalid_json") from None
+
+
+async def _check_model(name: str | None, backend: Backend) -> str:
+    """Return the model's name, if that is what was asked for.
+
+    Raises:
+        ApiError: 404 if another model was.
+    """
+    there = (await backend.answerer.describe()).name
+    if name not in (None, there, MODEL_ALIAS):
+        message = f"no model {name!r} here; expected {there!r} or {MODEL_ALIAS!r}"
+        raise ApiError(404, message, code="model_not_found", param="model")
+    return there
+
+
+def _model(name: str, started_s: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": started_s, "owned_by": "stormline"}
+
+
+def _captions(out: Path, stream_id: str, since: str | None, limit: int) -> dict[str, Any]:
+    try:
+        after = None if since is None else parse_since(since, datetime.now(timezone.utc))
+    except ValueError as error:
+        raise bad_request(str(error), "since") from None
+    pattern = re.sub(r"([*?\[])", r"[\1]", stream_id)  # the name itself, whatever is in it
+    try:
+        rows = TableReader(out, "results", RowFilter(stream=pattern, since=after)).newest(limit + 1)
+    except SettingsError:
+        rows = []  # nothing was committed yet
+    data = [{key: _plain(value) for key, value in row.items()} for row in rows[-limit:]]
+    return {"object": "list", "data": data, "has_more": len(rows) > limit}
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
+
+
+class _Completion:
+    """One question on its way to its answer."""
+
+    def __init__(self, answerer: Answerer, admission: Admission, asked: ChatRequest, model: str):
+        self._answerer = answerer
+        self._admission = admission
+        self._asked = asked
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        async with self._admission.slot():
+            prompt, uses = await self._answerer.look(self._asked)
+            *_, answer = [piece async for piece in self._answerer.answer(prompt)]
+        assert isinstance(answer, VideoAnswer)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": answer.text},
+            "finish_reason": answer.finish_reason,
+            "logprobs": None,
+        }
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": _usage(answer),
+            "stormline": _notes(uses),
+        }
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the answer as server-sent events, the first one when its first piece is there.
+
+        Raises:
+            ApiError: Before the first event alone; later ones are events themselves.
+        """
+        async with self._admission.slot():
+            prompt, uses = await self._answerer.look(self._asked)
+            begun = False
+            try:
+                async for piece in self._answerer.answer(prompt):
+                    if not begun:
+                        yield self._event({"role": "assistant", "content": ""})
+                        begun = True
+                    if isinstance(piece, str):
+                        yield self._event({"content": piece})
+                    else:
+                        yield self._event({}, piece.finish_reason, stormline=_notes(uses))
+                        if self._asked.include_usage:
+                            yield _sse({**self._head, **_CHUNK, "choices": [], "usage": _usage(piece)})
+            except ApiError as error:
+                if not begun:
+                    raise
+                yield _sse(error.body())
+                return
+            yield "data: [DONE]\n\n"
+
+    def _event(self, delta: Mapping[str, str], finish_reason: str | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return _sse({**self._head, **_CHUNK, "choices": [choice], **more})
+
+
+_CHUNK = {"object": "chat.completion.chunk"}
+
+
+def _sse(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _rest(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in events:
+        yield event
+
+
+def _usage(answer: VideoAnswer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.generated_tokens,
+        "total_tokens": answer.prompt_tokens + answer.generated_tokens,
+        "prompt_tokens_details": {"video_tokens": answer.video_tokens},
+    }
+
+
+def _notes(uses: list[VideoUse]) -> dict[str, Any]:
+    return {"video": [use.to_json() for use in uses]}
+
+
+def _error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _say_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error_response(error)
+
+
+async def _say_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    answer = _error_response(ApiError(error.status_code, message, code="not_found"))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _say_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(place) for place in first["loc"])
+    return _error_response(bad_request(f"{where}: {first['msg']}", where))
