@@ -42,6 +42,7 @@ class LaneSlot:
     started_s: float = 0.0
     restarts: int = 0  # in a row, without a commit between
     total_restarts: int = 0
+    renewals: int = 0
     retry_at_s: float = 0.0
     status: LaneStatus | None = None
     last_error: str = ""
@@ -56,7 +57,8 @@ class RunStatus:
     phase: str  # starting, running, stopping, stopped
     lanes: int
     lanes_up: int
-    restarts: int
+    restarts: int  # after failures
+    renewals: int  # planned ones, see `lanes.renew_after_segments`
     segments: int
     frames: int
     sampled: int
@@ -147,7 +149,8 @@ class Supervisor:
     def _services(self) -> Iterator[None]:
         from .serving import services
 
-        self._tell("starting the LLM and the token store on Ray Serve")
+        http = ", the HTTP service" if self._settings.serve.enabled else ""
+        self._tell(f"starting the LLM{http} and the token store on Ray Serve")
         with services(self._settings):
             yield
 
@@ -251,6 +254,7 @@ class Supervisor:
             self._fail(slot, "it ended by itself")
             return
         slot.status = status
+        slot.renewals += 1
         self._take_down(slot)
         logger.info("lane_renewed lane=%d epoch=%d segments=%d", slot.plan.lane, status.epoch, status.segments)
 
@@ -330,6 +334,7 @@ class Supervisor:
             lanes=len(self._slots),
             lanes_up=sum(s.lag_records != -1 or s.epoch > 0 for s in now),
             restarts=sum(slot.total_restarts for slot in self._slots),
+            renewals=sum(slot.renewals for slot in self._slots),
             segments=total("segments"),
             frames=total("frames"),
             sampled=total("sampled"),
