@@ -9,24 +9,26 @@ from typing import Annotated
 import typer
 
 from ..operators.errors import SettingsError, StormlineError
+from .commands.ask import ask
 from .commands.broker import broker
 from .commands.demo import demo
 from .commands.eval import evaluate_model
 from .commands.publish import publish
 from .commands.results import results
 from .commands.run import run
+from .commands.serve import serve
 from .commands.train import train
 
 app = typer.Typer(
     name="stormline",
     help="Watch video streams with a language model: Kafka in, captions and tokens in Parquet out, exactly once.",
-    epilog="New here? Try [bold]stormline demo[/]. Then: broker, publish, run, results, in this order.",
+    epilog="New here? Try [bold]stormline demo[/]. Then: broker, publish, run, results, ask, in this order.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, results, train):
+for command in (demo, broker, publish, run, results, ask, serve, train):
     app.command()(command)
 app.command("eval")(evaluate_model)
 

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .serve import base_url
+
 if TYPE_CHECKING:
+    from ..settings import ServeSettings
     from ..supervisor import RunStatus
 
 
@@ -23,6 +26,10 @@ def run(
         float | None,
         typer.Option("--until-idle", metavar="SECONDS", help="Stop when nothing has come for so long. For batches."),
     ] = None,
+    serve: Annotated[
+        bool | None,
+        typer.Option("--serve/--no-serve", help="Answer questions over HTTP, too; same as --set serve.enabled=true."),
+    ] = None,
     captions: Annotated[bool, typer.Option(help="Show captions as they are committed.")] = True,
     show: Annotated[bool, typer.Option("--show-settings", help="Print the settings in force and leave.")] = False,
 ) -> None:
@@ -36,6 +43,8 @@ def run(
       stormline run                                   # 127.0.0.1:9092, topic video, folder out/
 
       stormline run -s cameras.yaml --set lanes.count=2
+
+      stormline run --serve                           # and ask: stormline ask gate "What happened?"
 
       stormline run --set kafka.bootstrap_servers=kafka:9092 --set 'kafka.topics=[gate, yard]'
 
@@ -56,7 +65,8 @@ def run(
     from ..stop_signals import on_stop_signal
     from ..supervisor import Supervisor
 
-    settings = load_settings(settings_path, overrides or [])
+    wanted = [] if serve is None else [f"serve.enabled={str(serve).lower()}"]
+    settings = load_settings(settings_path, [*(overrides or []), *wanted])
     if show:
         typer.echo(yaml.safe_dump(masked(settings), sort_keys=False))
         return
@@ -67,9 +77,14 @@ def run(
         status = supervisor.run(
             until_idle_s=until_idle_s,
             on_status=progress.status,
-            on_ready=lambda: progress.phase("watching; Ctrl-C stops cleanly"),
+            on_ready=lambda: progress.phase(_ready_line(settings.serve)),
         )
     _print_end(console, status, settings.output.path)
+
+
+def _ready_line(serve: ServeSettings) -> str:
+    asked = f"; questions to {base_url(serve)}, or `stormline ask`" if serve.enabled else ""
+    return f"watching{asked}; Ctrl-C stops cleanly"
 
 
 def _print_end(console: object, status: RunStatus, path: Path) -> None:

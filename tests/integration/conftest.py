@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from stormline.infra.broker import EmbeddedBroker
 
-RAY_CPUS = 6  # logical: two lanes and the services
+RAY_CPUS = 7  # logical: two lanes and the services
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +39,30 @@ def ray_session() -> Iterator[str]:
     ray.shutdown()
 
 
+@dataclass(frozen=True)
+class Services:
+    """Where the services of the session are."""
+
+    url: str  # of the HTTP front, http://127.0.0.1:PORT
+    out: Path  # the output folder that it answers from
+    key: str  # what it wants to see
+
+
 @pytest.fixture(scope="session")
-def services(ray_session: str) -> Iterator[None]:
-    """Keep the LLM and the token store up for the session, so that lanes start quickly."""
+def services(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """Keep the LLM, the token store and the HTTP front up for the session, so that lanes start quickly."""
+    from stormline.pipeline.front.access import new_key
     from stormline.pipeline.serving import services as running
     from stormline.pipeline.settings import load_settings
 
-    with running(load_settings(None)):
-        yield
+    out = tmp_path_factory.mktemp("served")
+    key, digest = new_key()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["serve.enabled=true", f"serve.port={port}", f"serve.keys=[{digest}]", "serve.token_budget=64"]
+    with running(load_settings(None, [f"output.path={out}", *options])):
+        yield Services(f"http://127.0.0.1:{port}", out, key)
 
 
 @pytest.fixture
