@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,10 @@ import numpy as np
 from ray import serve
 
 from ..models.prompts import VideoAnswer, VideoPrompt
-from ..operators.errors import ServiceError, SettingsError
+from ..operators.errors import ServiceError
 from ..operators.rows import Chunk
 from .chunk_index import PastChunk
+from .front.address import check_port
 from .settings import ServeSettings, Settings
 from .video_llm import ModelDescription
 
@@ -89,30 +89,12 @@ def _start_serve(http: ServeSettings) -> None:
     # No access log: what is asked about, and when, is nobody else's business.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     if http.enabled:
-        check_port(http.host, http.port)
+        check_port(http)
         options = {"host": http.host, "port": http.port}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
     else:
         serve.start(proxy_location="Disabled", logging_config=quiet)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here, too
-
-
-def check_port(host: str, port: int) -> None:
-    """See that the service can listen there.
-
-    Raises:
-        SettingsError: If the port is taken, or the address is not this machine's.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}. Choose another with "
-            f"--set serve.port=8001 (or serve.host), or stop what uses it."
-        ) from error
 
 
 def describe_model() -> ModelDescription:

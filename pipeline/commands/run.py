@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .serve import base_url
-
 if TYPE_CHECKING:
     from ..settings import ServeSettings
     from ..supervisor import RunStatus
@@ -60,6 +58,7 @@ def run(
     import yaml
     from rich.console import Console
 
+    from ..front.address import check_port
     from ..progress import PlainProgress
     from ..settings import load_settings, masked
     from ..stop_signals import on_stop_signal
@@ -70,6 +69,8 @@ def run(
     if show:
         typer.echo(yaml.safe_dump(masked(settings), sort_keys=False))
         return
+    if settings.serve.enabled:
+        check_port(settings.serve)
     console = Console(highlight=False)
     progress = PlainProgress(console, captions=captions)
     supervisor = Supervisor(settings, on_phase=progress.phase)
@@ -83,6 +84,8 @@ def run(
 
 
 def _ready_line(serve: ServeSettings) -> str:
+    from ..front.address import base_url
+
     asked = f"; questions to {base_url(serve)}, or `stormline ask`" if serve.enabled else ""
     return f"watching{asked}; Ctrl-C stops cleanly"
 

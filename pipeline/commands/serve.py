@@ -11,7 +11,7 @@ import typer
 from ...operators.errors import SettingsError
 
 if TYPE_CHECKING:
-    from ..settings import ServeSettings, Settings
+    from ..settings import Settings
     from ..video_llm import ModelDescription
 
 
@@ -73,25 +73,22 @@ def _serve(settings: Settings, out: Path) -> None:
 
     from rich.console import Console
 
+    from ..front.address import base_url, check_port
     from ..progress import PlainProgress
-    from ..serving import describe_model, services
     from ..stop_signals import on_stop_signal
     from ..supervisor import embedded_ray
 
+    check_port(settings.serve)
     progress = PlainProgress(Console(highlight=False))
     stop = threading.Event()
     with on_stop_signal(stop.set, progress.phase), embedded_ray(settings, progress.phase):
+        from ..serving import describe_model, services  # which imports Ray: not before it is set up
+
         progress.phase("starting the LLM and the HTTP service on Ray Serve")
         with services(settings):
             check_same_model(out, describe_model())
             progress.phase(f"listening at {base_url(settings.serve)}; Ctrl-C stops")
             stop.wait()
-
-
-def base_url(serve: ServeSettings) -> str:
-    """Return where clients find the service."""
-    host = f"[{serve.host}]" if ":" in serve.host else serve.host
-    return f"http://{host}:{serve.port}/v1"
 
 
 def check_same_model(out: Path, model: ModelDescription) -> None:
@@ -107,7 +104,11 @@ def check_same_model(out: Path, model: ModelDescription) -> None:
             manifest = read_manifest(out, lane, epoch)
             if manifest.identity.get("model", model.fingerprint) != model.fingerprint:
                 raise SettingsError(
-                    f"the tokens in {out} are of model {manifest.model!r}, and the model here is {model.name!r}, which "
-                    f"cannot read them. Give the settings that the folder was written with (-s FILE.yaml), or "
-                    f"--set model.path=…"
+                    f"the tokens in {out} are of model {manifest.model!r} ({_short(manifest.identity['model'])}); "
+                    f"the one here is {model.name!r} ({_short(model.fingerprint)}), which cannot read them. Give the "
+                    f"settings that the folder was written with (-s FILE.yaml), or --set model.path=…"
                 )
+
+
+def _short(fingerprint: str) -> str:
+    return f"fingerprint {fingerprint[:12]}"
