@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -16,7 +17,8 @@ from .token_store import HeldStream
 
 logger = logging.getLogger(__name__)
 
-STORE_TIMEOUT_S = 3.0  # without an answer by then, Parquet has to do; a store that restarts is back soon
+STORE_TIMEOUT_S = 2.0  # without an answer by then, Parquet has to do; a store that restarts is back soon
+STORE_PAUSE_S = 5.0  # for which it is then not asked, so that a question does not wait several times
 _NS_PER_US = 1_000
 T = TypeVar("T")
 
@@ -64,24 +66,27 @@ class TokenSource:
     Args:
         files: The tokens table.
         store: The token store.
+        clock_s: Any clock that only goes forward.
     """
 
-    def __init__(self, files: TokenFiles, store: Store):
+    def __init__(self, files: TokenFiles, store: Store, clock_s: Callable[[], float] = time.monotonic):
         self._files = files
         self._store = store
+        self._clock_s = clock_s
+        self._ask_store_from_s = 0.0
 
     async def streams(self) -> dict[str, StreamSpan]:
         """Return every stream that has tokens, with its first and last time, sorted by name."""
         await asyncio.to_thread(self._files.refresh)
         spans = {name: StreamSpan(*span) for name, span in self._files.streams().items()}
-        for name, (start_ns, end_ns, n_chunks) in (await self._ask(self._store.streams()) or {}).items():
+        for name, (start_ns, end_ns, n_chunks) in (await self._ask(self._store.streams) or {}).items():
             old = spans.get(name, StreamSpan(start_ns, end_ns, n_chunks))
             spans[name] = StreamSpan(min(old.start_ns, start_ns), max(old.end_ns, end_ns), max(old.n_chunks, n_chunks))
         return dict(sorted(spans.items()))
 
     async def last_ns(self, stream_id: str) -> int | None:
         """Return when the stream's newest chunk ends; None for a stream without tokens."""
-        held = await self._ask(self._store.held(stream_id))
+        held = await self._ask(lambda: self._store.held(stream_id))
         if held is not None:
             return int(held.index.end_ns.max())
         await asyncio.to_thread(self._files.refresh)
@@ -90,7 +95,7 @@ class TokenSource:
 
     async def index(self, stream_id: str, start_ns: int, end_ns: int) -> RangeIndex:
         """Return which chunks overlap [start_ns, end_ns), in order, without their tokens."""
-        held = await self._ask(self._store.held(stream_id))
+        held = await self._ask(lambda: self._store.held(stream_id))
         # Times in Parquet are rounded down to microseconds: the boundary is, too, or a chunk at it would come twice.
         complete_from_ns = end_ns if held is None else held.complete_from_ns // _NS_PER_US * _NS_PER_US
         parts, in_store = [], []
@@ -114,7 +119,8 @@ class TokenSource:
         """
         starts_ns, in_store = found.chunks.start_ns[chosen], found.in_store[chosen]
         wanted = starts_ns[in_store]
-        picked = await self._ask(self._store.pick(found.stream_id, wanted)) or [] if len(wanted) else []
+        picked = await self._ask(lambda: self._store.pick(found.stream_id, wanted)) if len(wanted) else []
+        picked = picked or []
         have = {chunk.start_ns for chunk in picked}
         # What left the store since the index was made has been committed, but for a store that just died.
         left = [start // _NS_PER_US * _NS_PER_US for start in wanted.tolist() if start not in have]
@@ -126,9 +132,12 @@ class TokenSource:
             older = await asyncio.to_thread(self._files.read, found.stream_id, from_files)
         return sorted([*older, *picked], key=lambda chunk: chunk.start_ns)
 
-    async def _ask(self, answer: Awaitable[T]) -> T | None:
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
+        if self._clock_s() < self._ask_store_from_s:
+            return None
         try:
-            return await asyncio.wait_for(answer, STORE_TIMEOUT_S)
+            return await asyncio.wait_for(question(), STORE_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 (the edge to another process: whatever came out of it)
+            self._ask_store_from_s = self._clock_s() + STORE_PAUSE_S
             logger.warning("store_not_answering error=%s; reading Parquet instead", type(error).__name__)
             return None

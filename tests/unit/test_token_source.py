@@ -11,7 +11,7 @@ from stormline.pipeline.chunk_index import CANDIDATE_CHUNKS, POOLED_CHUNKS, Chun
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.token_files import TokenFiles
-from stormline.pipeline.token_source import TokenSource
+from stormline.pipeline.token_source import STORE_PAUSE_S, TokenSource
 from stormline.pipeline.token_store import TokenMemory
 
 S_NS = 10**9
@@ -73,10 +73,14 @@ class MemoryStore:
 
 
 class DeadStore(MemoryStore):
-    async def held(self, stream_id):
-        raise ConnectionError
+    dead = True
+    n_asked = 0
 
-    pick = streams = held
+    async def held(self, stream_id):
+        self.n_asked += 1
+        if self.dead:
+            raise ConnectionError
+        return await super().held(stream_id)
 
 
 class UnreadFiles(TokenFiles):
@@ -186,6 +190,20 @@ def test_source_when_the_store_is_dead_then_parquet_answers(tmp_path):
     Folder(tmp_path).commit(*map(make_chunk, range(3)))
 
     assert read_all(TokenSource(TokenFiles(tmp_path), DeadStore())) == [0, 1, 2]
+
+
+def test_source_when_the_store_does_not_answer_then_it_is_left_alone_for_a_while(tmp_path):
+    now_s = 0.0
+    chunks = [make_chunk(index) for index in range(3)]
+    Folder(tmp_path).commit(*chunks[:2])
+    store = DeadStore(*chunks)
+    source = TokenSource(TokenFiles(tmp_path), store, clock_s=lambda: now_s)
+
+    during = [read_all(source) for _ in range(3)]
+    n_asked, store.dead, now_s = store.n_asked, False, STORE_PAUSE_S
+
+    assert (during, n_asked) == ([[0, 1]] * 3, 1)
+    assert read_all(source) == [0, 1, 2]
 
 
 def test_source_when_chunks_leave_the_store_before_they_are_read_then_parquet_gives_them(tmp_path):
