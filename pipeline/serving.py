@@ -88,13 +88,16 @@ def _bind_front(settings: Settings) -> serve.Application:
 def _start_serve(http: ServeSettings) -> None:
     # No access log: what is asked about, and when, is nobody else's business.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
+    where: dict[str, Any] = {"proxy_location": "Disabled"}
     if http.enabled:
         check_port(http)
-        options = {"host": http.host, "port": http.port}
-        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
-    else:
-        serve.start(proxy_location="Disabled", logging_config=quiet)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here, too
+        where = {"proxy_location": "HeadOnly", "http_options": {"host": http.host, "port": http.port}}
+    logging.disable(logging.INFO)  # as it starts, Serve sets its logger's level here to INFO and tells each step
+    try:
+        serve.start(**where, logging_config=quiet)
+    finally:
+        logging.disable(logging.NOTSET)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def describe_model() -> ModelDescription:
