@@ -165,7 +165,7 @@ class StoreClient:
 
 
 class LlmReader:
-    """Ask the LLM deployment for people who wait: one attempt, piece by piece. Connects where it is first used."""
+    """Ask the LLM deployment for people who wait: one attempt. Connects where it is first used."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -182,6 +182,14 @@ class LlmReader:
     async def embed(self, text: str) -> np.ndarray:
         """Return a text's embedding (d_model,) float32."""
         return await self._deployment().embed.remote(text)
+
+    async def answer(self, prompt: VideoPrompt) -> VideoAnswer:
+        """Return the whole answer.
+
+        Raises:
+            ValueError: If the prompt does not fit the model.
+        """
+        return await self._deployment().answer.remote(prompt)
 
     async def stream(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
         """Yield the answer's pieces, and at last the whole answer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,10 @@ class Llm(Protocol):
 
     async def embed(self, text: str) -> np.ndarray:
         """Return a text's embedding (d_model,) float32."""
+        ...
+
+    async def answer(self, prompt: VideoPrompt) -> VideoAnswer:
+        """Return the whole answer."""
         ...
 
     def stream(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
@@ -169,8 +173,8 @@ class Answerer:
             "no_video_in_range",
         )
 
-    async def answer(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
-        """Yield the answer's text as it grows, and at last the whole answer.
+    async def answer(self, prompt: VideoPrompt, *, in_pieces: bool) -> AsyncIterator[str | VideoAnswer]:
+        """Yield the answer's text as it grows, and at last the whole answer; or that alone, which costs less.
 
         An attempt that failed before its first piece is repeated.
 
@@ -181,7 +185,8 @@ class Answerer:
         for attempt in range(ATTEMPTS):
             heard = False
             try:
-                async for piece in _until(self._llm.stream(prompt), deadline_s):
+                pieces = self._llm.stream(prompt) if in_pieces else _once(self._llm.answer(prompt))
+                async for piece in _until(pieces, deadline_s):
                     heard = True
                     yield piece
                 return
@@ -208,6 +213,10 @@ class Answerer:
         except Exception as error:  # noqa: BLE001 (the edge to another process)
             logger.warning("describe_failed error=%s", type(error).__name__)
             raise model_not_there() from None
+
+
+async def _once(answer: Awaitable[VideoAnswer]) -> AsyncIterator[VideoAnswer]:
+    yield await answer
 
 
 async def _until(pieces: AsyncIterator[Any], deadline_s: float) -> AsyncIterator[Any]:

@@ -233,7 +233,7 @@ class _Completion:
         """Return the answer in one piece."""
         async with self._admission.slot():
             prompt, uses = await self._answerer.look(self._asked)
-            *_, answer = [piece async for piece in self._answerer.answer(prompt)]
+            (answer,) = [whole async for whole in self._answerer.answer(prompt, in_pieces=False)]
         assert isinstance(answer, VideoAnswer)
         choice = {
             "index": 0,
@@ -259,7 +259,7 @@ class _Completion:
             prompt, uses = await self._answerer.look(self._asked)
             begun = False
             try:
-                async for piece in self._answerer.answer(prompt):
+                async for piece in self._answerer.answer(prompt, in_pieces=True):
                     if not begun:
                         yield self._event({"role": "assistant", "content": ""})
                         begun = True

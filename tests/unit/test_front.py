@@ -63,6 +63,10 @@ class EchoLlm:
     async def embed(self, text):
         return np.ones(3, np.float32)
 
+    async def answer(self, prompt):
+        *_, whole = [piece async for piece in self.stream(prompt)]
+        return whole
+
     async def stream(self, prompt):
         self.prompts.append(prompt)
         words = [f"{word} " for word in prompt.text.split()]
