@@ -414,6 +414,51 @@ def test_answer_when_slow_then_504(tmp_path):
     assert error_of(post(make_client(tmp_path, Slow(), timeout_s=0.01), ask())) == (504, "timeout")
 
 
+def test_chat_when_the_asker_leaves_amid_an_answer_then_the_next_one_gets_the_place(tmp_path):
+    async def run():
+        left = asyncio.Event()
+
+        class Endless(EchoLlm):
+            async def stream(self, prompt):
+                if prompt.text != "Forever?":
+                    async for piece in super().stream(prompt):
+                        yield piece
+                    return
+                yield "a "
+                left.set()
+                await asyncio.Event().wait()
+
+        client = make_client(tmp_path, Endless(), max_concurrent=1, max_queued=0)
+        waiting = await call_app(client.app, ask("Forever?", stream=True), left)
+        return waiting, await call_app(client.app, ask("And now?"), asyncio.Event())
+
+    first, second = asyncio.run(run())
+
+    assert [message.get("status") for message in first if message["type"] == "http.response.start"] == [200]
+    assert second[0]["status"] == 200
+
+
+async def call_app(app, body, left):
+    """Send one request whose asker goes away when `left` is set; return what was sent to it."""
+    data, sent = json.dumps(body).encode(), []
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+    scope |= {"method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
+    coming = [{"type": "http.request", "body": data, "more_body": False}]
+
+    async def receive():
+        if coming:
+            return coming.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
 # What there is.
 
 
