@@ -62,7 +62,7 @@ def client(services):
         yield made
 
 
-def ask(client, url, text="What happens?", **more):
+def ask(client, url, text="Describe what happens.", **more):
     part = {"type": "video_url", "video_url": {"url": url}}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
     return client.chat.completions.create(**({"model": "stormline", "messages": messages, "max_tokens": 12} | more))
@@ -89,7 +89,7 @@ def test_answer_when_plain_or_streamed_then_the_same_text_usage_and_range(client
     (use,) = plain.model_extra["stormline"]["video"]
     assert (use["start"], use["end"]) == ("2026-01-31T12:00:00.000Z", "2026-01-31T12:01:00.000Z")
     assert (use["tokens_in_range"], use["tokens_used"], use["token_policy"]) == (480, 64, "global_local")
-    assert len([event for event in events if event.choices and event.choices[0].delta.content]) > 2
+    assert len([event for event in events if event.choices and event.choices[0].delta.content]) > 1
 
 
 def test_answer_when_many_ask_at_once_then_each_gets_what_it_gets_alone(client, stream):
@@ -164,8 +164,8 @@ def test_ask_command_when_used_then_prints_the_answer_and_what_it_looked_at(clie
     period = ["--start", "2026-01-31T12:00:00Z", "--end", "2026-01-31T12:00:40Z"]
     where = ["--url", services.url, "--max-tokens", "12"]
 
-    asked = CliRunner().invoke(app, ["ask", stream, "What happens?", *period, *where, "--key", services.key])
-    no_key = CliRunner().invoke(app, ["ask", stream, "What happens?", *where])
+    asked = CliRunner().invoke(app, ["ask", stream, "Describe what happens.", *period, *where, "--key", services.key])
+    no_key = CliRunner().invoke(app, ["ask", stream, "Describe what happens.", *where])
 
     assert asked.exit_code == 0, asked.exception
     assert asked.stdout == f"{expected}\n"
