@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_YEARS = range(1700, 2200)  # whose nanoseconds since 1970 fit 64 bits, with room to count back
 
 
 def parse_duration_s(text: str) -> float:
@@ -29,7 +30,7 @@ def parse_moment(text: str) -> datetime:
     """Return an ISO 8601 time, UTC where it names no zone.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is none, or no year of video.
     """
     try:
         moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text.strip()))
@@ -37,6 +38,8 @@ def parse_moment(text: str) -> datetime:
         raise ValueError(
             f"{text!r} is no time; expected ISO 8601 such as 2026-01-31T12:00 (UTC) or 2026-01-31T12:00+01:00"
         ) from None
+    if moment.year not in _YEARS:
+        raise ValueError(f"{text!r} is no time of video; expected a year from {_YEARS.start} to {_YEARS.stop - 1}")
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 

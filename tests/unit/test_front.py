@@ -133,6 +133,7 @@ def test_stream_url_when_right_then_read(url, expected):
         ("stream://c?last=", "no length of time"),
         ("stream://c?last=0", "more than 0"),
         ("stream://c?start=noon", "no time"),
+        ("stream://c?start=9999-12-31T23:59:59-23:59", "a year from 1700 to 2199"),
         ("stream://c?end=2026-01-31", "expected last alone, or start"),
         ("stream://c?last=1s&start=2026-01-31", "expected last alone"),
         ("stream://c?start=2026-01-31&end=2026-01-30", "not after the start"),
