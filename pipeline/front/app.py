@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -13,7 +14,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import anyio.to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -86,7 +86,7 @@ def build_app(backend: Backend) -> FastAPI:
         stream_id: str, since: str | None = None, limit: int = Query(100, ge=1, le=MAX_CAPTIONS)
     ) -> dict[str, Any]:
         """List the newest committed captions and alerts of a stream, oldest first; `since` is 10m or a time."""
-        return await anyio.to_thread.run_sync(_captions, backend.out, stream_id, since, limit)
+        return await asyncio.to_thread(_captions, backend.out, stream_id, since, limit)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
