@@ -194,6 +194,11 @@ class _Demo:
                 "[yellow]The built-in model is not trained yet: its weights are random, so its captions are noise.[/] "
                 "Everything around it is real: set model.path to a trained checkpoint for captions that mean something."
             )
+        else:
+            self._console.print(
+                "The built-in model has only ever seen the generated shapes, so of the street it tells what it would be "
+                "in coloured shapes. Set model.path to a model of your own for more."
+            )
         if status.results:
             self._say_how_to_read()
         if self._publisher_errors:
