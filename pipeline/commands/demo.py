@@ -196,8 +196,8 @@ class _Demo:
             )
         else:
             self._console.print(
-                "The built-in model has only ever seen the generated shapes, so of the street it tells what it would be "
-                "in coloured shapes. Set model.path to a model of your own for more."
+                "The built-in model has only ever seen the generated shapes, so of the street it tells what it would "
+                "be in coloured shapes. Set model.path to a model of your own for more."
             )
         if status.results:
             self._say_how_to_read()
