@@ -69,12 +69,19 @@ def send(bootstrap, topic, records):
     producer.close()
 
 
-def run_until_idle(settings, idle_s=2.0):
+def run_until_idle(settings, idle_s=2.0, *, on_status=lambda status: None, done=lambda status: True):
+    """Run until nothing has come for a while and `done` agrees, by the status of that moment."""
     supervisor = Supervisor(settings)
+
+    def watch(status):
+        on_status(status)
+        if status.lag_records == 0 and status.idle_s >= idle_s and done(status):
+            supervisor.request_stop()
+
     alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
     alarm.start()
-    status = supervisor.run(until_idle_s=idle_s)
-    assert alarm.is_alive(), f"not idle after {RUN_LIMIT_S} s: {status}"
+    status = supervisor.run(on_status=watch)
+    assert alarm.is_alive(), f"not done after {RUN_LIMIT_S} s: {status}"
     alarm.cancel()
     return status
 
@@ -294,7 +301,6 @@ def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
     create_topic(broker, "killed", partitions=2)
     send(broker, "killed", [r for r in records if int(dict(r.headers)["seq"]) < 6])
     settings = make_settings("killed")
-    supervisor = Supervisor(settings)
     killed = []
 
     def kill_encoder(status):
@@ -304,11 +310,7 @@ def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
             for pid in killed:
                 psutil.Process(pid).kill()
 
-    alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
-    alarm.start()
-    status = supervisor.run(until_idle_s=2.0, on_status=kill_encoder)
-    assert alarm.is_alive()
-    alarm.cancel()
+    status = run_until_idle(settings, on_status=kill_encoder, done=lambda status: status.restarts)
 
     assert killed
     assert status.restarts == 1
@@ -321,18 +323,13 @@ def test_lane_when_it_is_renewed_then_nothing_shows(whole_run, broker, services,
     send(broker, "renewed", [r for r in records if int(dict(r.headers)["seq"]) < 6])
     settings = make_settings("renewed", "out", "lanes.renew_after_segments=14")
     rest = [r for r in records if int(dict(r.headers)["seq"]) >= 6]
-    supervisor = Supervisor(settings)
 
     def send_rest(status):
         if rest and status.segments >= 12:  # all of the first part
             send(broker, "renewed", rest)
             rest.clear()
 
-    alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
-    alarm.start()
-    status = supervisor.run(until_idle_s=2.0, on_status=send_rest)
-    assert alarm.is_alive()
-    alarm.cancel()
+    status = run_until_idle(settings, on_status=send_rest, done=lambda status: status.renewals)
 
     assert (status.restarts, status.renewals) == (0, 1)
     assert status.segments == len(records)
