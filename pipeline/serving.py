@@ -105,16 +105,42 @@ def describe_model() -> ModelDescription:
     return serve.get_deployment_handle("VideoLLM", LLM_APP).describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
 
 
-class LlmClient:
-    """Ask the LLM deployment; picklable, connects where it is first used.
+class _Deployment:
+    """A Serve deployment that is called; picklable, connects where it is first used."""
+
+    _NAME: str
+    _APP: str
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def _deployment(self) -> Any:
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle(self._NAME, self._APP)
+        return self._handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handle": None}
+
+
+class _Llm(_Deployment):
+    _NAME, _APP = "VideoLLM", LLM_APP
+
+
+class _Store(_Deployment):
+    _NAME, _APP = "TokenStore", STORE_APP
+
+
+class LlmClient(_Llm):
+    """Ask the LLM deployment for a lane.
 
     Retries when a replica dies or an answer takes too long; then raises, so that the lane restarts rather than
     leaving a caption out.
     """
 
     def __init__(self, timeout_s: float):
+        super().__init__()
         self._timeout_s = timeout_s
-        self._handle: Any = None
 
     async def __call__(self, prompt: VideoPrompt) -> VideoAnswer:
         """Return the answer.
@@ -136,44 +162,20 @@ class LlmClient:
             f"last: {last!r}. See its logs; the lane restarts from its checkpoint."
         ) from last
 
-    def _deployment(self) -> Any:
-        if self._handle is None:
-            self._handle = serve.get_deployment_handle("VideoLLM", LLM_APP)
-        return self._handle
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_timeout_s": self._timeout_s, "_handle": None}
-
-
-class StoreClient:
-    """Push chunks to the token store without waiting; picklable, connects where it is first used.
+class StoreClient(_Store):
+    """Push chunks to the token store without waiting.
 
     The store is a cache of what the tokens table holds, so a push that fails is logged and not repeated.
     """
 
-    def __init__(self) -> None:
-        self._handle: Any = None
-
     def __call__(self, chunks: Sequence[Chunk]) -> None:
         """Send the chunks."""
-        if self._handle is None:
-            self._handle = serve.get_deployment_handle("TokenStore", STORE_APP)
-        self._handle.push.remote(list(chunks))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_handle": None}
+        self._deployment().push.remote(list(chunks))
 
 
-class LlmReader:
-    """Ask the LLM deployment for people who wait: one attempt. Connects where it is first used."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    def _deployment(self) -> Any:
-        if self._handle is None:
-            self._handle = serve.get_deployment_handle("VideoLLM", LLM_APP)
-        return self._handle
+class LlmReader(_Llm):
+    """Ask the LLM deployment for people who wait: one attempt."""
 
     async def describe(self) -> ModelDescription:
         """Return what the model is."""
@@ -201,16 +203,8 @@ class LlmReader:
             yield piece
 
 
-class StoreReader:
-    """Ask the token store for what it holds. Connects where it is first used."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    def _deployment(self) -> Any:
-        if self._handle is None:
-            self._handle = serve.get_deployment_handle("TokenStore", STORE_APP)
-        return self._handle
+class StoreReader(_Store):
+    """Ask the token store for what it holds."""
 
     async def held(self, stream_id: str) -> HeldStream | None:
         """Return what is held of a stream, without the tokens."""

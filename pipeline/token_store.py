@@ -130,10 +130,6 @@ class TokenStore:
             self._memory.put(replace(chunk, tokens=chunk.tokens.copy()))
             self._latencies_ms.append((now_ns - chunk.append_ns) / 1e6)
 
-    async def read(self, stream_id: str, start_ns: int, end_ns: int) -> list[Chunk]:
-        """Return the chunks that overlap [start_ns, end_ns)."""
-        return self._memory.read(stream_id, start_ns, end_ns)
-
     async def held(self, stream_id: str) -> HeldStream | None:
         """Return what is held of a stream, without the tokens."""
         return self._memory.held(stream_id)

@@ -93,6 +93,12 @@ class Evaluation:
         """Return it as JSON types."""
         return asdict(self)
 
+    def mean(self, n_frames: int, kinds: Iterable[str], share: str = "accuracy") -> float | None:
+        """Return the mean share over kinds at a length, each question counting alike; None where nothing was asked."""
+        found = [r for k in kinds if (r := self.by_length[n_frames].get(k)) and r[share] is not None]
+        asked = sum(r["asked"] for r in found)
+        return sum(r[share] * r["asked"] for r in found) / asked if asked else None
+
 
 def evaluate(
     loaded: LoadedModel,

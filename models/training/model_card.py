@@ -105,7 +105,7 @@ def plot_accuracy(evaluation: Evaluation, path: str | Path) -> None:
     axes = figure.add_subplot()
     for colour, (name, kinds) in enumerate(families.items()):
         for share, style in (("accuracy", "o-"), ("shuffled", "x:")):
-            means = [(n, _mean(evaluation, n, kinds, share)) for n in sorted(evaluation.by_length)]
+            means = [(n, evaluation.mean(n, kinds, share)) for n in sorted(evaluation.by_length)]
             points = [(n, mean) for n, mean in means if mean is not None]
             if points and (share == "accuracy" or name == "order of frames"):
                 label = name if share == "accuracy" else f"{name}, shuffled"
@@ -116,10 +116,3 @@ def plot_accuracy(evaluation: Evaluation, path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-def _mean(evaluation: Evaluation, n_frames: int, kinds: Sequence[str], share: str) -> float | None:
-    """Return the mean share over kinds, each question counting alike; None where nothing was asked."""
-    found = [r for k in kinds if (r := evaluation.by_length[n_frames].get(k)) and r[share] is not None]
-    asked = sum(r["asked"] for r in found)
-    return sum(r[share] * r["asked"] for r in found) / asked if asked else None

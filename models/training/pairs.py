@@ -133,32 +133,27 @@ def _grouped(records: Iterable[tuple[str, Path, Mapping[str, Any]]]) -> list[Vid
 def _decode(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> tuple[np.ndarray, float]:
     from transformers.video_utils import load_video
 
-    length = [0.0]
+    indices, length_s = np.zeros(0, int), 0.0
 
     def choose(metadata: Any, **_: Any) -> np.ndarray:
+        nonlocal indices, length_s
         total, fps = metadata.total_num_frames, metadata.fps
         if not total or not fps:
             raise ValueError(f"{video} does not say how many frames it has; remux it, as to MP4")
         stop = total / fps if stop_s is None else min(stop_s, total / fps)
         if start_s >= stop:
             raise ValueError(f"{video} is {total / fps:.1f} s long; expected more than {start_s} s")
-        length[0] = stop - start_s
-        times = start_s + (np.arange(n_frames) + 0.5) * length[0] / n_frames
-        return np.minimum((times * fps).astype(int), total - 1)
-
-    chosen: list[np.ndarray] = []
-
-    def choose_once(metadata: Any, **kwargs: Any) -> np.ndarray:
-        indices = choose(metadata, **kwargs)
-        chosen.append(indices)
+        length_s = stop - start_s
+        times = start_s + (np.arange(n_frames) + 0.5) * length_s / n_frames
+        indices = np.minimum((times * fps).astype(int), total - 1)
         return np.unique(indices)  # `load_video` gives each frame once
 
     try:
         path: Any = str(video)
-        frames, _ = load_video(path, backend="pyav", sample_indices_fn=choose_once)
+        frames, _ = load_video(path, backend="pyav", sample_indices_fn=choose)
     except OSError as error:
         raise ValueError(f"{video} cannot be decoded: {error}") from error
-    places = np.searchsorted(np.unique(chosen[0]), chosen[0])
+    places = np.searchsorted(np.unique(indices), indices)
     pixels = torch.from_numpy(np.asarray(frames)[np.minimum(places, len(frames) - 1)])
     pixels = F.interpolate(pixels.permute(0, 3, 1, 2).float(), size=(size_px, size_px), mode="bilinear", antialias=True)
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(), length[0]
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(), length_s

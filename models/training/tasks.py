@@ -71,6 +71,16 @@ class Task:
         frames = torch.stack([self.processor.prepare_frames(clip.render()) for clip in clips])
         return frames.to(self.model.device, self.model.dtype)
 
+    def _encode(self, clips: list[Clip], *, bfloat16: bool = False) -> Tensor:
+        """Return what the temporal encoder gives, (B, T, rows, cols, d), with gradients for what the stage trains."""
+        model = self.model
+        with torch.set_grad_enabled("vision_tower" in self.stage.train), _autocast(model.device, bfloat16):
+            features = model._features(self._pixels(clips))
+        with _autocast(model.device):
+            x = model.multi_modal_projector(features.float())
+            x, _ = model.temporal_encoder(x, chunk_frames=_grid_of_chunks(model))
+        return x
+
 
 class PlacesTask(Task):
     """Single frames: colour, shape and size at each place, read off the vision tower."""
@@ -103,12 +113,7 @@ class MotionsTask(Task):
         batch, model = self.stage.batch, self.model
         clips = [self.clip(step * batch + i, held_out) for i in range(batch)]
         labels = stack_labels([label_places(c, model.config.temporal_grid) for c in clips], model.device)
-        with torch.set_grad_enabled("vision_tower" in self.stage.train), _autocast(model.device, self.stage.bfloat16):
-            features = model._features(self._pixels(clips))
-        with _autocast(model.device):
-            x = model.multi_modal_projector(features.float())
-            x, _ = model.temporal_encoder(x, chunk_frames=_grid_of_chunks(model))
-        return self.places.loss(x, labels)
+        return self.places.loss(self._encode(clips, bfloat16=self.stage.bfloat16), labels)
 
 
 class TextTask(Task):
@@ -205,12 +210,7 @@ class TextTask(Task):
         if set(self.stage.train) == {"language_model"} or held_out:
             tokens = encode_clips(self.model, self.processor, clips)
         else:
-            with torch.set_grad_enabled("vision_tower" in self.stage.train), _autocast(self.model.device):
-                features = self.model._features(self._pixels(clips))
-            with _autocast(self.model.device):
-                x = self.model.multi_modal_projector(features.float())
-                x, _ = self.model.temporal_encoder(x, chunk_frames=_grid_of_chunks(self.model))
-            tokens = _pool(x, self.model.config.temporal_pool, self.model.config.spatial_pool)
+            tokens = _pool(self._encode(clips), self.model.config.temporal_pool, self.model.config.spatial_pool)
             tokens = tokens.unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
         return [tokens[i, f : f + n_chunks] for i, f in enumerate(firsts)]
 

@@ -187,9 +187,17 @@ class _Demo:
         if status.model_trained:
             table.add_row("[dim]right captions of the shapes[/]", str(self._check_captions()))
         self._console.print(table)
-        if not status.results:
+        if status.results:
+            self._say_how_to_read(status.model_trained)
+        else:
             self._console.print("Nothing was captioned yet, so there is nothing to read.")
-        elif not status.model_trained:
+        if self._publisher_errors:
+            raise self._publisher_errors[0]
+        if self._interrupted:
+            raise typer.Exit(130)
+
+    def _say_how_to_read(self, model_trained: bool) -> None:
+        if not model_trained:
             self._console.print(
                 "[yellow]The built-in model is not trained yet: its weights are random, so its captions are noise.[/] "
                 "Everything around it is real: set model.path to a trained checkpoint for captions that mean something."
@@ -199,14 +207,6 @@ class _Demo:
                 "The built-in model has only ever seen the generated shapes, so of the street it tells what it would "
                 "be in coloured shapes. Set model.path to a model of your own for more."
             )
-        if status.results:
-            self._say_how_to_read()
-        if self._publisher_errors:
-            raise self._publisher_errors[0]
-        if self._interrupted:
-            raise typer.Exit(130)
-
-    def _say_how_to_read(self) -> None:
         query = f"SELECT stream_id, start_time, answer FROM '{self._out}/results/**/*.parquet' ORDER BY start_time"
         self._console.print("\nRead the captions with DuckDB:", style="bold")
         self._console.print(

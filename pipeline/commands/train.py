@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +34,7 @@ def train(
 
     [bold]Examples[/]
 
-      stormline train                                     # the model that stormline ships, about an hour on one core
+      stormline train                                     # the model that stormline ships, one to two hours on 2 cores
 
       stormline train --out /tmp/try --scale 0.01         # a hundredth of the steps: does it run?
 
@@ -45,24 +45,21 @@ def train(
 
     from ...models.training.recipe import load_recipe
     from ...models.training.trainer import Trainer
+    from ..stop_signals import EXIT_INTERRUPTED, on_stop_signal
 
     torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
-    stopping: list[int] = []
     try:
         chosen = load_recipe(recipe)
         trainer = Trainer(chosen if scale == 1.0 else chosen.scaled(scale), out, device=device)
     except (ValueError, FileNotFoundError) as error:
         raise SettingsError(str(error)) from error
-    before = {s: signal.signal(s, lambda s, _: stopping.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        folder = trainer.run(_show, lambda: bool(stopping))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop = threading.Event()
+    with on_stop_signal(stop.set, typer.echo):
+        folder = trainer.run(_show, stop.is_set)
     if folder is None:
         typer.echo(f"stopped; the same command goes on from {out}")
-        raise typer.Exit(130)
+        raise typer.Exit(EXIT_INTERRUPTED)
     typer.echo(f"model in {folder}; measure it with: stormline eval {folder}")
 
 
