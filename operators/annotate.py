@@ -20,7 +20,7 @@ import pyarrow as pa
 from ..models.prompts import VideoAnswer, VideoPrompt
 from ..models.selection import VideoChunk, select_chunks
 from .ordering import Turnstile
-from .rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Result, Row, rows_of
+from .rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Result, Row, block_of, rows_of
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 from .windows import OpenWindow, add_chunk, close_session
 
@@ -89,9 +89,8 @@ class Annotate:
         }
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
-        """Handle the rows of one block."""
-        for row in rows_of(table):
-            yield (await self._handle(row)).to_table()
+        """Handle the rows of one block, asking about all of them at once."""
+        yield block_of(await asyncio.gather(*(self._handle(row) for row in rows_of(table))))
 
     async def _handle(self, row: Row) -> Row:
         async with self._turnstile.turn(row.lane_seq):

@@ -29,7 +29,7 @@ from .media import (
     open_video_stream,
     sniff_image,
 )
-from .rows import ROW_SCHEMA, Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, rows_of
+from .rows import Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, block_of, rows_of
 from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
 
 if TYPE_CHECKING:
@@ -350,11 +350,7 @@ class Decode:
         Raises:
             ValueError: If a row is neither a segment nor a barrier.
         """
-        tables = [
-            table.slice(i, 1) if row.kind == Barrier.KIND else self.decode_row(row).to_table()
-            for i, row in enumerate(rows_of(table))
-        ]
-        return pa.concat_tables(tables) if tables else ROW_SCHEMA.empty_table()
+        return block_of([row if row.kind == Barrier.KIND else self.decode_row(row) for row in rows_of(table)])
 
     def decode_row(self, row: Row) -> Row:
         """Decode one segment."""

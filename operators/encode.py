@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .ordering import ReorderBuffer
-from .rows import Barrier, Chunk, DecodedSegment, EncodedSegment, Row, SegmentMeta, rows_of
+from .rows import Barrier, Chunk, DecodedSegment, EncodedSegment, Row, SegmentMeta, block_of, rows_of
 from .sampling import FrameChunk, GridSpec, SamplerState, assemble_chunks, flush, step_sampler
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 
@@ -175,9 +175,9 @@ class Encode:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Handle the rows of one block, and those that waited for them."""
-        for arrived in rows_of(table):
-            for row in self._order.push(arrived.lane_seq, arrived):
-                yield self._handle(row).to_table()
+        ready = [row for arrived in rows_of(table) for row in self._order.push(arrived.lane_seq, arrived)]
+        if ready:
+            yield block_of([self._handle(row) for row in ready])
 
     def _handle(self, row: Row) -> Row:
         if row.kind == Barrier.KIND:

@@ -3,10 +3,12 @@
     source ─Segment─▶ decode ─DecodedSegment─▶ encode ─EncodedSegment─▶ annotate ─AnnotatedSegment─▶ commit
            ─Barrier─▶        ────────────────▶       (+ its snapshots) ▶         (+ its snapshots) ─▶
 
-Every edge carries the same four columns (`ROW_SCHEMA`), so that a block's schema never depends on what is
-in it: the kind, the lane's own sequence number, a small JSON header, and the bytes. One row stands for one
-Kafka record or one barrier and keeps its `lane_seq` from the source to the commit. Bytes are read back as
-views into the Arrow block, without a copy.
+A row is a kind, the lane's own sequence number, a small JSON header, and bytes. It stands for one Kafka record or one
+barrier and keeps its `lane_seq` from the source to the commit. Bytes are read back as views into the Arrow block,
+without a copy.
+
+A block (`BLOCK_SCHEMA`) is one Ray Data row that holds a few of these, since what Ray does for a block costs as much
+as decoding a second of video: one row where they come one at a time, several where many are waiting.
 
 Times are integer nanoseconds UTC, named `_ns`. The clock on the wall never enters a computation of frames or
 tokens, only the times of the media do, so that a replay gives the same rows.
@@ -22,14 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-ROW_SCHEMA = pa.schema(
-    [
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("lane_seq", pa.int64(), nullable=False),
-        pa.field("header", pa.string(), nullable=False),
-        pa.field("parts", pa.list_(pa.large_binary()), nullable=False),
-    ]
+_ROW_FIELDS = (
+    pa.field("kind", pa.string(), nullable=False),
+    pa.field("lane_seq", pa.int64(), nullable=False),
+    pa.field("header", pa.string(), nullable=False),
+    pa.field("parts", pa.list_(pa.large_binary()), nullable=False),
 )
+# A list, so that Ray Data, which hands a block on at once but cut into rows, has nothing to cut.
+BLOCK_SCHEMA = pa.schema([pa.field("rows", pa.list_(pa.struct(_ROW_FIELDS)), nullable=False)])
 
 Buffer = bytes | memoryview
 
@@ -43,44 +45,46 @@ class Row:
     header: dict[str, Any]
     parts: tuple[Buffer, ...] = ()
 
-    def to_table(self) -> pa.Table:
-        """Return a table of one row in `ROW_SCHEMA`."""
-        return pa.table(
-            [
-                pa.array([self.kind], pa.string()),
-                pa.array([self.lane_seq], pa.int64()),
-                pa.array([json.dumps(self.header, separators=(",", ":"))], pa.string()),
-                _list_of_buffers(self.parts),
-            ],
-            schema=ROW_SCHEMA,
-        )
+
+def block_of(rows: Sequence[Row]) -> pa.Table:
+    """Return a block of these rows, in order; the bytes of a lone row with one part are not copied."""
+    if not rows:
+        return BLOCK_SCHEMA.empty_table()
+    columns = [
+        pa.array([row.kind for row in rows], pa.string()),
+        pa.array([row.lane_seq for row in rows], pa.int64()),
+        pa.array([json.dumps(row.header, separators=(",", ":")) for row in rows], pa.string()),
+        _lists_of_buffers([row.parts for row in rows]),
+    ]
+    structs = pa.StructArray.from_arrays(columns, fields=list(_ROW_FIELDS))
+    return pa.table([pa.ListArray.from_arrays(_offsets([len(rows)]), structs)], schema=BLOCK_SCHEMA)
 
 
-def _list_of_buffers(parts: Sequence[Buffer]) -> pa.ListArray:
-    """Build a one-element list<large_binary> array; a single part is wrapped without a copy."""
-    sizes = [memoryview(p).nbytes for p in parts]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+def _lists_of_buffers(lists: Sequence[Sequence[Buffer]]) -> pa.ListArray:
+    parts = [part for each in lists for part in each]
     data = pa.py_buffer(parts[0]) if len(parts) == 1 else pa.py_buffer(b"".join(parts))
-    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(parts), [None, pa.py_buffer(offsets), data])
-    return pa.ListArray.from_arrays(pa.array([0, len(parts)], pa.int32()), values)
+    sizes = np.array([memoryview(part).nbytes for part in parts], np.int64)
+    offsets = pa.py_buffer(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(parts), [None, offsets, data])
+    return pa.ListArray.from_arrays(_offsets([len(each) for each in lists]), values)
 
 
-def rows_of(table: pa.Table) -> list[Row]:
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+
+def rows_of(block: pa.Table) -> list[Row]:
     """Read the rows of a block; their parts are views into the block's memory."""
-    rows: list[Row] = []
-    parts_column = table.column("parts").combine_chunks() if table.num_rows else None
-    for i in range(table.num_rows):
-        assert parts_column is not None
-        parts = parts_column[i].values
-        rows.append(
-            Row(
-                kind=table.column("kind")[i].as_py(),
-                lane_seq=table.column("lane_seq")[i].as_py(),
-                header=json.loads(table.column("header")[i].as_py()),
-                parts=tuple(memoryview(p.as_buffer()) for p in parts) if parts is not None else (),
-            )
+    kinds, seqs, headers, lists = block.column("rows").combine_chunks().flatten().flatten()
+    return [
+        Row(
+            kind=kind.as_py(),
+            lane_seq=seq.as_py(),
+            header=json.loads(header.as_py()),
+            parts=tuple(memoryview(part.as_buffer()) for part in parts.values),
         )
-    return rows
+        for kind, seq, header, parts in zip(kinds, seqs, headers, lists, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Ray Data has none: its `read_kafka` is bounded (ray-project/ray issue 40513).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from ..operators.errors import SourceError
-from ..operators.rows import ROW_SCHEMA, Barrier, Position
+from ..operators.rows import BLOCK_SCHEMA, Barrier, Position, Segment, block_of
 from .sessions import Record, SessionTracker
 from .settings import KafkaSettings, resolve_secrets
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_MS = 50  # upper bound of how late a barrier can be when nothing arrives
 POLL_MAX_RECORDS = 16  # segments are large; more would only wait in this process
+BLOCK_ROWS = 4  # in a block, where so many wait: more save little, and a row's answer waits for its block
+BLOCK_BYTES = 4 << 20  # of media, from which on a block takes no more rows
 STEP_NAME = "source"
 
 
@@ -45,11 +48,10 @@ class SourcePlan:
 class KafkaSource(Datasource):
     """Read a lane's partitions in order, for ever, with a barrier every few seconds.
 
-    One read task: the lane's order is the order in which it yields. Each row is a `Segment` or a `Barrier` and
-    carries `lane_seq`, counting up by one from 0. A barrier holds the next offset of every partition and the
-    source's own state, both after the last row yielded. Offsets are never committed or read back here.
-
-    The lane must run it as DESIGN of the lane says (`lane.py`): one block, no retries, one row a block.
+    One read task: the lane's order is the order in which it yields. A block holds what one poll found, `BLOCK_ROWS`
+    at most: a live segment goes alone and at once, a backlog travels in company. Each row is a `Segment` or a
+    `Barrier` and carries `lane_seq`, counting up by one from 0. A barrier holds the next offset of every partition
+    and the source's own state, both after the last row yielded. Offsets are never committed or read back here.
     """
 
     def __init__(self, plan: SourcePlan):
@@ -66,11 +68,11 @@ class KafkaSource(Datasource):
         """Return the one read task, whatever the parallelism asked for."""
         plan = self._plan
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: read_forever(plan), metadata, schema=ROW_SCHEMA)]
+        return [ReadTask(lambda: read_forever(plan), metadata, schema=BLOCK_SCHEMA)]
 
 
 def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
-    """Yield one table a row; ends only when it is killed.
+    """Yield blocks of rows as they come; ends only when it is killed.
 
     Raises:
         SourceError: If the broker cannot be reached or refuses.
@@ -79,35 +81,46 @@ def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
     consumer = open_consumer(plan.kafka)
     try:
         assignment = _assign(consumer, plan)
-        for lane_seq, item in enumerate(_items(consumer, assignment, tracker, plan.barrier_interval_s)):
-            yield item.to_row(lane_seq).to_table()
+        lane_seq = itertools.count()
+        for items in _items(consumer, assignment, tracker, plan.barrier_interval_s):
+            yield block_of([item.to_row(next(lane_seq)) for item in items])
     finally:
         consumer.close()
 
 
 def _items(
     consumer: KafkaConsumer, assignment: Sequence[TopicPartition], tracker: SessionTracker, interval_s: float
-) -> Iterator[Any]:
-    """Yield segments as they come and a barrier whenever its time is due, between two records."""
+) -> Iterator[list[Segment | Barrier]]:
+    """Yield segments as they come and a barrier whenever its time is due, between two records; block by block."""
     next_offsets = {tp: consumer.position(tp) or 0 for tp in assignment}
-    yield _barrier(consumer, next_offsets, tracker)
+    yield [_barrier(consumer, next_offsets, tracker)]
     due_s = time.monotonic() + interval_s
     while True:
+        ready: list[Segment | Barrier] = []
         for tp, record in _poll(consumer):
             segment = tracker.take(_record(record))
             next_offsets[tp] = record.offset + 1
             if segment is not None:
-                yield segment
+                ready.append(segment)
             if time.monotonic() >= due_s:
-                yield _barrier(consumer, next_offsets, tracker)
+                ready.append(_barrier(consumer, next_offsets, tracker))
                 due_s = time.monotonic() + interval_s
+            if len(ready) >= BLOCK_ROWS or sum(_n_bytes(item) for item in ready) >= BLOCK_BYTES:
+                yield ready
+                ready = []
         # Between polls everything that was fetched is handled, so the consumer's own position may be taken:
         # it also steps over control records and aborted transactions, which a poll never returns.
         for tp in assignment:
             next_offsets[tp] = max(next_offsets[tp], consumer.position(tp) or 0)
         if time.monotonic() >= due_s:
-            yield _barrier(consumer, next_offsets, tracker)
+            ready.append(_barrier(consumer, next_offsets, tracker))
             due_s = time.monotonic() + interval_s
+        if ready:
+            yield ready
+
+
+def _n_bytes(item: Segment | Barrier) -> int:
+    return item.meta.n_bytes if isinstance(item, Segment) else 0
 
 
 def _poll(consumer: KafkaConsumer) -> Iterable[tuple[TopicPartition, Any]]:

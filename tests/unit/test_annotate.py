@@ -6,7 +6,16 @@ import pytest
 
 from stormline.models.prompts import VideoAnswer
 from stormline.operators.annotate import Annotate
-from stormline.operators.rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Position, SegmentMeta, rows_of
+from stormline.operators.rows import (
+    AnnotatedSegment,
+    Barrier,
+    Chunk,
+    EncodedSegment,
+    Position,
+    SegmentMeta,
+    block_of,
+    rows_of,
+)
 
 SECOND_NS = 10**9
 START_NS = 1000 * SECOND_NS
@@ -62,7 +71,7 @@ def barrier_row(lane_seq):
 
 async def feed(step, rows):
     async def call(row):
-        return [r for table in [t async for t in step(row.to_table())] for r in rows_of(table)]
+        return [r for table in [t async for t in step(block_of([row]))] for r in rows_of(table)]
 
     return [row for out in await asyncio.gather(*(call(row) for row in rows)) for row in out]
 

@@ -12,13 +12,12 @@ from itertools import pairwise
 
 import av
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from stormline.operators.decode import REASONS, Decode, DecodeLimits, decode_file, decode_segment
 from stormline.operators.errors import MediaError
 from stormline.operators.media import CONTAINERS, open_media
-from stormline.operators.rows import Barrier, DeadLetter, DecodedSegment, Segment, SegmentMeta, rows_of
+from stormline.operators.rows import Barrier, DeadLetter, DecodedSegment, Segment, SegmentMeta, block_of, rows_of
 from stormline.operators.sampling import NS_PER_MS, NS_PER_S, GridSpec, SamplerState, round_half_away, step_sampler
 
 START_NS = 1_700_000_000_123_456_789
@@ -440,15 +439,15 @@ def make_step(**changes):
 
 def test_decode_step_when_called_then_keeps_order_sequence_numbers_and_barriers():
     step = pickle.loads(pickle.dumps(make_step()))  # as Ray ships it
-    barrier = Barrier((), 5).with_snapshots("x", {("t", 0): b"state"}).to_row(11).to_table()
+    barrier = Barrier((), 5).with_snapshots("x", {("t", 0): b"state"}).to_row(11)
     earlier = DeadLetter.of(make_meta(), "gap", "seq 0 is missing")
-    good = Segment(make_meta(), make_video(), (earlier,)).to_row(10).to_table()
-    bad = Segment(make_meta(seq=1), b"hello world" * 100, (earlier,)).to_row(12).to_table()
+    good = Segment(make_meta(), make_video(), (earlier,)).to_row(10)
+    bad = Segment(make_meta(seq=1), b"hello world" * 100, (earlier,)).to_row(12)
 
-    rows = rows_of(step(pa.concat_tables([good, barrier, bad])))
+    rows = rows_of(step(block_of([good, barrier, bad])))
 
     assert [(r.kind, r.lane_seq) for r in rows] == [("frames", 10), ("barrier", 11), ("frames", 12)]
-    assert rows[1] == rows_of(barrier)[0]
+    assert rows[1] == barrier
     decoded = DecodedSegment.from_row(rows[0])
     np.testing.assert_array_equal(decoded.frames, decode(make_video()).frames)
     assert [d.reason for d in decoded.dead_letters] == ["gap"]
@@ -460,7 +459,7 @@ def test_decode_step_when_called_then_keeps_order_sequence_numbers_and_barriers(
 
 @pytest.mark.parametrize(("limit", "kept"), [(0, b""), (5, b"hello"), (100, b"hello world")])
 def test_decode_step_when_a_record_cannot_be_used_then_its_dead_letter_keeps_its_bytes_up_to_the_limit(limit, kept):
-    table = Segment(make_meta(n_bytes=11), b"hello world").to_row(0).to_table()
+    table = block_of([Segment(make_meta(n_bytes=11), b"hello world").to_row(0)])
 
     letter = DecodedSegment.from_row(rows_of(make_step(dead_letter_bytes=limit)(table))[0]).dead_letters[0]
 
@@ -468,7 +467,7 @@ def test_decode_step_when_a_record_cannot_be_used_then_its_dead_letter_keeps_its
 
 
 def test_decode_step_when_an_empty_record_ends_the_session_then_is_no_dead_letter():
-    table = Segment(make_meta(end=True), b"").to_row(0).to_table()
+    table = block_of([Segment(make_meta(end=True), b"").to_row(0)])
 
     decoded = DecodedSegment.from_row(rows_of(make_step()(table))[0])
 
@@ -478,14 +477,14 @@ def test_decode_step_when_an_empty_record_ends_the_session_then_is_no_dead_lette
 
 
 def test_decode_step_when_the_block_is_empty_then_so_is_the_answer():
-    empty = Segment(make_meta(), b"").to_row(0).to_table().slice(0, 0)
+    empty = block_of([])
 
     assert make_step()(empty).num_rows == 0
 
 
 def test_decode_step_when_a_row_of_a_later_edge_comes_then_refuses():
     step = make_step()
-    table = step(Segment(make_meta(), make_video()).to_row(3).to_table())
+    table = step(block_of([Segment(make_meta(), make_video()).to_row(3)]))
 
     with pytest.raises(ValueError, match="kind 'frames' at lane_seq=3"):
         step(table)
@@ -496,6 +495,6 @@ def test_decode_step_when_media_is_broken_then_prints_nothing(capfd):
     broken = bytearray(make_video("mp4"))
     broken[-3000:-1000] = bytes(2000)
     for data in (bytes(broken), make_video()[:3000], b"junk"):
-        step(Segment(make_meta(), data).to_row(0).to_table())
+        step(block_of([Segment(make_meta(), data).to_row(0)]))
 
     assert capfd.readouterr() == ("", "")

@@ -12,7 +12,7 @@ from stormline.models.loading import load_model
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.decode import Decode
 from stormline.operators.encode import Encode, Encoder
-from stormline.operators.rows import Barrier, EncodedSegment, Position, Segment, SegmentMeta, rows_of
+from stormline.operators.rows import Barrier, EncodedSegment, Position, Segment, SegmentMeta, block_of, rows_of
 from stormline.operators.sampling import FrameChunk, GridSpec
 
 FPS = 10
@@ -95,7 +95,7 @@ def encode_rows(loaded, all_segments, *, snapshots=None, barrier_after=()):
             items.append(Barrier((Position("video", 0, i + 1),), made_ns=0))
     out = []
     for lane_seq, item in enumerate(items):
-        for table in step(decode(item.to_row(lane_seq).to_table())):
+        for table in step(decode(block_of([item.to_row(lane_seq)]))):
             out += rows_of(table)
     return out
 

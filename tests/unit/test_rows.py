@@ -13,6 +13,7 @@ from stormline.operators.rows import (
     Segment,
     SegmentMeta,
     SnapshotKey,
+    block_of,
     rows_of,
 )
 
@@ -21,10 +22,25 @@ LETTER = DeadLetter.of(META, "gap", "segments 1 to 2 never arrived", b"bytes")
 
 
 def through(record, lane_seq=8):
-    (row,) = rows_of(record.to_row(lane_seq).to_table())
+    (row,) = rows_of(block_of([record.to_row(lane_seq)]))
     assert row.lane_seq == lane_seq
     assert row.kind == record.KIND
     return type(record).from_row(row)
+
+
+def test_block_when_it_holds_several_rows_then_each_arrives_as_it_was():
+    rows = [
+        Segment(META, b"\x00media", (LETTER,)).to_row(4),
+        Barrier((), 5).to_row(5),  # without a part
+        Segment(META, b"").to_row(6),
+        Barrier((), 5).with_snapshots("x", {("t", 0): b"state", ("t", 1): b""}).to_row(7),
+    ]
+
+    block = block_of(rows)
+
+    assert block.num_rows == 1  # for Ray Data, which cuts blocks into rows
+    assert rows_of(block) == rows
+    assert rows_of(block_of([])) == []
 
 
 def test_segment_when_sent_then_the_same_arrives():
