@@ -4,6 +4,7 @@
     uniform        evenly spaced chunks, whole: STORM's test-time sampling (half the tokens as budget: keep one in two)
     global_local   everything before, pooled, then a recent part in detail: after ST-LLM (arXiv 2404.00308)
     relevant       the chunks nearest to the question, whole
+    changes        the tokens that differ most from those before at the same place: what stands still is kept once
 
 Selection is numpy on CPU, exact and repeatable: the same chunks and budget always give the same tokens. Nothing here
 needs torch, so that steps that only choose and ask start without it.
@@ -17,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-POLICIES = ("recent", "uniform", "global_local", "relevant")
+POLICIES = ("recent", "uniform", "global_local", "relevant", "changes")
 LOCAL_SHARE = 0.5  # of the budget that `global_local` gives to the recent part
 
 
@@ -85,6 +86,8 @@ def select_chunks(
         return _select_uniform(chunks, budget_tokens)
     if policy == "global_local":
         return _select_global_local(chunks, budget_tokens)
+    if policy == "changes":
+        return _select_changes(chunks, budget_tokens)
     assert question is not None
     return _select_best(chunks, budget_tokens, rank_by_relevance(chunks, question))
 
@@ -164,6 +167,31 @@ def _select_global_local(chunks: Sequence[VideoChunk], budget_tokens: int) -> li
         local_tokens += chunk.n_tokens
     split = len(chunks) - n_local
     return [*_pool_chunks(chunks[:split], budget_tokens - local_tokens), *chunks[split:]]
+
+
+def _select_changes(chunks: Sequence[VideoChunk], budget_tokens: int) -> list[VideoChunk]:
+    """Take the tokens with the most change, wherever they are; of equals the older. The first chunk is all new."""
+    order = np.argsort(-np.concatenate(_changes(chunks)), kind="stable")
+    kept = np.zeros(len(order), bool)
+    kept[order[:budget_tokens]] = True
+    edges = np.cumsum([chunk.n_tokens for chunk in chunks])[:-1]
+    return [
+        VideoChunk(chunk.start_s, chunk.end_s, chunk.tokens[mine])
+        for chunk, mine in zip(chunks, np.split(kept, edges), strict=True)
+        if mine.any()
+    ]
+
+
+def _changes(chunks: Sequence[VideoChunk]) -> list[np.ndarray]:
+    """Return each chunk's (n_tokens,) squared distances from the tokens of the chunk before at the same places."""
+    changes = [np.full(chunks[0].n_tokens, np.inf, np.float32)]
+    for before, chunk in pairwise(chunks):
+        if before.n_tokens != chunk.n_tokens:  # a short one, or other places: nothing to compare with
+            changes.append(np.full(chunk.n_tokens, np.inf, np.float32))
+            continue
+        step = chunk.tokens.astype(np.float32) - before.tokens.astype(np.float32)
+        changes.append(np.einsum("nd,nd->n", step, step))
+    return changes
 
 
 def _pool_chunks(chunks: Sequence[VideoChunk], budget_tokens: int) -> list[VideoChunk]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..models.selection import LOCAL_SHARE
 
 POOLED_CHUNKS = 64  # read for the part of a long range that `global_local` pools
-CANDIDATE_CHUNKS = 256  # read for `relevant` to choose from, which must see tokens
+CANDIDATE_CHUNKS = 256  # read for `relevant` and `changes` to choose from, which must see tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +62,16 @@ class ChunkIndex:
         return self.where(np.flatnonzero(self.end_ns[:until] > start_ns))
 
 
-def choose_policy(policy: str, total_tokens: int, budget_tokens: int) -> str:
-    """Return what `auto` means for a range: all of it where it fits, else a pooled whole and a recent part."""
+def choose_policy(policy: str, index: ChunkIndex, budget_tokens: int) -> str:
+    """Return what `auto` means for a range: all where it fits, else what changes, where all can be looked through.
+
+    Of a longer range, a pooled whole and a recent part.
+    """
     if policy != "auto":
         return policy
-    return "recent" if total_tokens <= budget_tokens else "global_local"
+    if index.total_tokens <= budget_tokens:
+        return "recent"
+    return "changes" if len(index) <= CANDIDATE_CHUNKS else "global_local"
 
 
 def choose_chunks(index: ChunkIndex, budget_tokens: int, policy: str) -> np.ndarray:
@@ -90,7 +95,7 @@ def choose_chunks(index: ChunkIndex, budget_tokens: int, policy: str) -> np.ndar
         return np.arange(n - _n_newest(index, budget_tokens), n)
     if policy == "uniform":
         return _spaced(n, max(1, budget_tokens // max(1, int(index.n_tokens.min()))))
-    if policy == "relevant":
+    if policy in ("relevant", "changes"):
         return _spaced(n, CANDIDATE_CHUNKS)
     n_local = _n_newest(index, int(budget_tokens * LOCAL_SHARE))
     return np.concatenate([_spaced(n - n_local, POOLED_CHUNKS), np.arange(n - n_local, n)])

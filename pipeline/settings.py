@@ -136,8 +136,10 @@ class ServeSettings(_Section):
         "None: everybody on this machine is.",
     )
     token_budget: int = Field(512, ge=1, le=1_000_000, description="Video tokens given to the LLM for a question.")
-    token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant"] = Field(
-        "auto", description="How they are chosen; auto: all of a range that fits the budget, else global_local."
+    token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant", "changes"] = Field(
+        "auto",
+        description="How they are chosen; auto: all of a range that fits the budget, else changes, or global_local of "
+        "more than 256 chunks.",
     )
     max_tokens: int = Field(256, ge=1, le=100_000, description="Longest answer that may be asked for.")
     timeout_s: float = Field(120.0, gt=0, description="An answer slower than this is given up.")
@@ -186,7 +188,7 @@ class CaptionQuery(_Section):
     prompt: str = Field("Describe what happens.", min_length=1, max_length=4000)
     window_s: float = Field(10.0, gt=0, le=86_400, description="Windows are counted from the session's start.")
     token_budget: int = Field(256, ge=1, le=1_000_000, description="Video tokens given to the LLM a window.")
-    token_policy: Literal["recent", "uniform", "global_local"] = "uniform"
+    token_policy: Literal["recent", "uniform", "global_local", "changes"] = "uniform"
     max_new_tokens: int = Field(48, ge=1, le=4096)
 
 

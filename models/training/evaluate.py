@@ -106,7 +106,7 @@ def evaluate(
     lengths: Iterable[int] = LENGTHS,
     n_per_kind: int = 100,
     budget_tokens: int = BUDGET_TOKENS,
-    policy: str = "global_local",
+    policy: str = "changes",
     seed: int = 0,
     frames_per_length: int = FRAMES_PER_LENGTH,
     on_progress: Callable[[str], None] | None = None,

@@ -65,8 +65,9 @@ class Stage:
         optimizer: ``adamw``, or ``muon`` for the matrices inside the blocks and AdamW for everything else.
         clip_frames: Frames of a clip or stream.
         window_chunks: Lengths of the windows that are asked about, in chunks; one is drawn for each step.
-        budget_tokens: For each window length, the most video tokens that the language model sees, chosen by the policy
-            ``global_local``; 0 for all. Only with cached streams.
+        budget_tokens: For each window length, the most video tokens that the language model sees; 0 for all. Only
+            with cached streams.
+        token_policy: How they are chosen, see `models.selection`.
         questions: Most questions and captions to a window.
         weights: Of kinds of question; kinds not named have weight 1, or 0 where `only` is set.
         only: Whether kinds that `weights` does not name are left out.
@@ -92,6 +93,7 @@ class Stage:
     clip_frames: int = 16
     window_chunks: tuple[int, ...] = (2, 4, 5, 8)
     budget_tokens: tuple[int, ...] = ()
+    token_policy: Literal["recent", "uniform", "global_local", "changes"] = "global_local"
     questions: int = 8
     weights: Mapping[str, float] = field(default_factory=dict)
     only: bool = False
@@ -106,6 +108,7 @@ class Stage:
         where = f"stage {self.name!r}"
         _one_of(f"{where}: task", self.task, get_args(Task))
         _one_of(f"{where}: optimizer", self.optimizer, ("adamw", "muon"))
+        _one_of(f"{where}: token_policy", self.token_policy, ("recent", "uniform", "global_local", "changes"))
         for part in self.train:
             _one_of(f"{where}: train", part, PARTS)
         for kind in self.weights:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from ..selection import VideoChunk, select_chunks
 from ..storm import StormForConditionalGeneration
 from .clips import FPS, Clip, label_places, make_clip, seed_of
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
-from .packing import TextBatch, TextPacker, TextRow, collate
+from .packing import TextBatch, TextPacker, collate
 from .pairs import PairClip, read_pairs, split_pairs
-from .questions import ask
+from .questions import Question, ask
 from .recipe import Recipe, Stage
 from .token_cache import TokenCache, encode_clips, fill_cache
 
@@ -116,6 +117,16 @@ class MotionsTask(Task):
         return self.places.loss(self._encode(clips, bfloat16=self.stage.bfloat16), labels)
 
 
+@dataclass(frozen=True)
+class _Window:
+    """What a row of a batch is about."""
+
+    index: int  # of the clip
+    first: int  # chunk
+    asked: list[Question]
+    chunk_s: float
+
+
 class TextTask(Task):
     """Windows of clips: questions and captions, eight to a window that is read once."""
 
@@ -149,28 +160,28 @@ class TextTask(Task):
         """Return a step's texts and the video tokens for their placeholders, (n, d_model)."""
         rng = np.random.default_rng([self.seed, self.stage_index, step, held_out])
         n_chunks, budget = self._draw_length(rng)
-        indices, firsts, rows = [], [], []
-        for i in range(self.stage.batch):
-            index, first, row = self._draw_row(rng, step * self.stage.batch + i, n_chunks, budget, held_out)
-            indices.append(index)
-            firsts.append(first)
-            rows.append(row)
+        first_row = step * self.stage.batch
+        windows = [self._draw_window(rng, first_row + i, n_chunks, held_out) for i in range(self.stage.batch)]
+        rows, tokens = [], []
+        for window, seen in zip(windows, self._encode_windows(windows, n_chunks, held_out), strict=True):
+            starts_s = [k * window.chunk_s for k in range(n_chunks)]
+            shown = _choose(starts_s, seen, budget, self.stage.token_policy) if budget else (starts_s, list(seen))
+            rows.append(self._packer.pack(shown[0], [len(each) for each in shown[1]], window.asked))
+            tokens += shown[1]
         pad = self.processor.tokenizer.pad_token_id
         batch = collate(rows, pad if isinstance(pad, int) else 0).to(self.model.device)
-        return batch, self._tokens(indices, firsts, n_chunks, budget, held_out)
+        return batch, torch.cat(tokens).to(self.model.device)
 
     def _draw_length(self, rng: np.random.Generator) -> tuple[int, int]:
         """Draw the length of a step's windows in chunks, and the budget that goes with it."""
         which = int(rng.integers(len(self.stage.window_chunks)))
         return self.stage.window_chunks[which], self.stage.budget_tokens[which] if self.stage.budget_tokens else 0
 
-    def _draw_row(
-        self, rng: np.random.Generator, row: int, n_chunks: int, budget: int, held_out: bool
-    ) -> tuple[int, int, TextRow]:
-        """Draw a window with something to ask about: (clip, first chunk, texts)."""
+    def _draw_window(self, rng: np.random.Generator, row: int, n_chunks: int, held_out: bool) -> _Window:
+        """Draw a window with something to ask about."""
         size = self.model.config.chunk_frames
         n_clip_chunks = self.stage.clip_frames // size
-        best: tuple[int, int, list] = (0, 0, [])
+        best = _Window(0, 0, [], size / FPS)
         for _ in range(_TRIES):
             n_cached = self.stage.cached_streams
             index = int(rng.integers(n_cached)) if n_cached and not held_out else row
@@ -178,41 +189,23 @@ class TextTask(Task):
             clip = self.clip(index, held_out)
             view = clip.window(first * size, (first + n_chunks) * size)
             asked = ask(view, rng, self.stage.questions, self._weights, backwards=clip.backwards)
-            if len(asked) >= len(best[2]):
-                best = (index, first, asked)
+            if len(asked) >= len(best.asked):
+                best = _Window(index, first, asked, size / FPS)
             if len(asked) >= self.stage.questions // 2:
                 break
-        index, first, asked = best
-        starts_s, counts = self._places(n_chunks, budget, size / FPS)
-        return index, first, self._packer.pack(starts_s, counts, asked)
+        return best
 
-    def _places(self, n_chunks: int, budget: int, chunk_s: float) -> tuple[list[float], list[int]]:
-        """Return when the chunks of a window that are shown start, and how many tokens each has."""
-        starts_s = [k * chunk_s for k in range(n_chunks)]
-        counts = [self.model.config.n_tokens(self.model.config.chunk_frames)] * n_chunks
-        if budget:
-            empty = [VideoChunk(s, s, np.zeros((n, 1), np.float16)) for s, n in zip(starts_s, counts, strict=True)]
-            chosen = select_chunks(empty, budget, "global_local")
-            starts_s, counts = [c.start_s for c in chosen], [c.n_tokens for c in chosen]
-        return starts_s, counts
-
-    def _tokens(self, indices: list[int], firsts: list[int], n_chunks: int, budget: int, held_out: bool) -> Tensor:
+    def _encode_windows(self, windows: Sequence[_Window], n_chunks: int, held_out: bool) -> list[Tensor]:
+        """Return each window's tokens, (n_chunks, tokens of a chunk, d_model)."""
         if self._cache is not None and not held_out:
-            clips = [self._cache.tokens[i, f : f + n_chunks] for i, f in zip(indices, firsts, strict=True)]
-        else:
-            clips = self._encode_windows(indices, firsts, n_chunks, held_out)
-        if budget:
-            clips = [_select(tokens, budget, self.model.config.chunk_frames) for tokens in clips]
-        return torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in clips]).to(self.model.device)
-
-    def _encode_windows(self, indices: list[int], firsts: list[int], n_chunks: int, held_out: bool) -> list[Tensor]:
-        clips = [self.clip(i, held_out) for i in indices]
+            return [self._cache.tokens[w.index, w.first : w.first + n_chunks] for w in windows]
+        clips = [self.clip(w.index, held_out) for w in windows]
         if set(self.stage.train) == {"language_model"} or held_out:
             tokens = encode_clips(self.model, self.processor, clips)
         else:
             tokens = _pool(self._encode(clips), self.model.config.temporal_pool, self.model.config.spatial_pool)
             tokens = tokens.unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
-        return [tokens[i, f : f + n_chunks] for i, f in enumerate(firsts)]
+        return [tokens[i, w.first : w.first + n_chunks] for i, w in enumerate(windows)]
 
     def _predict(self, batch: TextBatch, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits at the places where something is to be predicted, and what is."""
@@ -247,16 +240,12 @@ class PairsTask(TextTask):
     def _draw_length(self, rng: np.random.Generator) -> tuple[int, int]:
         return self.stage.clip_frames // self.model.config.chunk_frames, max(self.stage.budget_tokens, default=0)
 
-    def _draw_row(
-        self, rng: np.random.Generator, row: int, n_chunks: int, budget: int, held_out: bool
-    ) -> tuple[int, int, TextRow]:
+    def _draw_window(self, rng: np.random.Generator, row: int, n_chunks: int, held_out: bool) -> _Window:
         n_cached = self.stage.cached_streams
         index = int(rng.integers(n_cached)) if n_cached and not held_out else row
         clip: Any = self.clip(index, held_out)
         asked = [clip.texts.questions[i] for i in rng.permutation(len(clip.texts.questions))[: self.stage.questions]]
-        chunk_s = clip.length_s() / n_chunks
-        starts_s, counts = self._places(n_chunks, budget, chunk_s)
-        return index, 0, self._packer.pack(starts_s, counts, asked)
+        return _Window(index, 0, asked, clip.length_s() / n_chunks)
 
 
 def build_task(
@@ -283,11 +272,11 @@ def _pool(x: Tensor, over_frames: int, over_places: int) -> Tensor:
     return reduce(x, "b (t k) (r i) (c j) d -> b (t r c) d", "mean", k=over_frames, i=over_places, j=over_places)
 
 
-def _select(tokens: Tensor, budget: int, chunk_frames: int) -> Tensor:
-    """Choose tokens as for an answer: (n_chunks, tokens of a chunk, d) → (n, d)."""
-    length_s = chunk_frames / FPS
-    chunks = [VideoChunk(k * length_s, (k + 1) * length_s, each) for k, each in enumerate(tokens.numpy())]
-    return torch.from_numpy(np.concatenate([c.tokens for c in select_chunks(chunks, budget, "global_local")]))
+def _choose(starts_s: Sequence[float], tokens: Tensor, budget: int, policy: str) -> tuple[list[float], list[Tensor]]:
+    """Choose tokens as for an answer: (n_chunks, tokens of a chunk, d) → start and (n, d) of each chunk shown."""
+    chunks = [VideoChunk(s, s, each) for s, each in zip(starts_s, tokens.numpy(), strict=True)]
+    chosen = select_chunks(chunks, budget, policy)
+    return [c.start_s for c in chosen], [torch.from_numpy(c.tokens) for c in chosen]
 
 
 def _count_texts(predicted: Tensor, wanted: Tensor, batch: TextBatch) -> Counts:

@@ -33,7 +33,7 @@ def ask(
     max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer.")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What to look at: auto, recent, uniform, global_local or relevant."),
+        typer.Option(metavar="NAME", help="What to look at: auto, recent, uniform, global_local, relevant or changes."),
     ] = None,
     url: Annotated[
         str, typer.Option(metavar="URL", envvar="STORMLINE_URL", help="Where the service is.")

@@ -115,7 +115,7 @@ class Answerer:
         chunks: list[VideoChunk] = []
         uses = []
         for f in found:
-            policy = choose_policy(request.token_policy, f.index.chunks.total_tokens, budget)
+            policy = choose_policy(request.token_policy, f.index.chunks, budget)
             read = await self._source.read(f.index, choose_chunks(f.index.chunks, budget, policy))
             selected = await self._select(request, read, origin_ns, budget, policy)
             chunks += selected

@@ -57,7 +57,7 @@ class _Body(_Part):
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: str | list[str] | None = None
     token_budget: int | None = Field(None, ge=1)
-    token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant"] | None = None
+    token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant", "changes"] | None = None
 
 
 # What would change the answer and is not supported: refused unless it says what holds anyway.

@@ -88,7 +88,7 @@ def test_answer_when_plain_or_streamed_then_the_same_text_usage_and_range(client
     assert plain.choices[0].finish_reason == events[-2].choices[0].finish_reason
     (use,) = plain.model_extra["stormline"]["video"]
     assert (use["start"], use["end"]) == ("2026-01-31T12:00:00.000Z", "2026-01-31T12:01:00.000Z")
-    assert (use["tokens_in_range"], use["tokens_used"], use["token_policy"]) == (480, 64, "global_local")
+    assert (use["tokens_in_range"], use["tokens_used"], use["token_policy"]) == (480, 64, "changes")
     assert len([event for event in events if event.choices and event.choices[0].delta.content]) > 1
 
 
@@ -169,7 +169,7 @@ def test_ask_command_when_used_then_prints_the_answer_and_what_it_looked_at(clie
 
     assert asked.exit_code == 0, asked.exception
     assert asked.stdout == f"{expected}\n"
-    assert "64 of 320 tokens, global_local" in asked.stderr
+    assert "64 of 320 tokens, changes" in asked.stderr
     assert "STORMLINE_KEY" in str(no_key.exception)
 
 

@@ -93,6 +93,19 @@ def test_select_uniform_when_half_fits_then_keeps_one_in_two():
     assert chosen == chunks[1::2]
 
 
+def test_select_changes_when_most_stands_still_then_what_moved_is_kept():
+    still = np.ones((16, D), np.float16)
+    chunks = [VideoChunk(2.0 * i, 2.0 * i + 2, still.copy()) for i in range(50)]
+    chunks[30].tokens[5] += 3  # something at one place, gone again in the next chunk
+    chunks[41].tokens[7:9] += 1
+
+    chosen = select_chunks(chunks, 16 + 6, "changes")
+
+    assert starts(chosen) == [0.0, 60.0, 62.0, 82.0, 84.0]
+    assert [chunk.n_tokens for chunk in chosen] == [16, 1, 1, 2, 2]
+    np.testing.assert_array_equal(chosen[1].tokens, chunks[30].tokens[5:6])
+
+
 def test_select_global_local_when_over_budget_then_covers_all_time_and_recent_in_detail():
     chunks = make_chunks([16] * 100)
 

@@ -191,18 +191,18 @@ def test_chat_when_streamed_then_the_pieces_the_end_and_the_usage(tmp_path):
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 5)
 
 
-def test_chat_when_the_range_is_long_then_auto_pools_and_the_budget_holds(tmp_path):
+def test_chat_when_the_range_is_long_then_auto_chooses_and_the_budget_holds(tmp_path):
     llm = EchoLlm()
     client = make_client(tmp_path, llm)
 
     auto = post(client, ask("Why?", "stream://gate?last=2m")).json()["stormline"]["video"][0]
     policies = [
         post(client, ask("Why?", "stream://gate?last=2m", token_policy=policy, token_budget=20))
-        for policy in ("recent", "uniform", "relevant")
+        for policy in ("recent", "uniform", "relevant", "global_local")
     ]
 
-    assert (auto["token_policy"], auto["tokens_in_range"], auto["tokens_used"]) == ("global_local", 240, 64)
-    assert [p.json()["stormline"]["video"][0]["tokens_used"] for p in policies] == [20, 20, 20]
+    assert (auto["token_policy"], auto["tokens_in_range"], auto["tokens_used"]) == ("changes", 240, 64)
+    assert [p.json()["stormline"]["video"][0]["tokens_used"] for p in policies] == [20, 20, 20, 20]
     assert llm.prompts[1].chunks[0].start_s == 110
 
 

@@ -245,7 +245,7 @@ def make_index(n, n_tokens=4):
     return ChunkIndex(starts, starts + 1, np.full(n, n_tokens, np.int32))
 
 
-@pytest.mark.parametrize("policy", ["recent", "uniform", "global_local", "relevant"])
+@pytest.mark.parametrize("policy", ["recent", "uniform", "global_local", "relevant", "changes"])
 def test_choose_when_the_range_fits_then_all_else_a_bounded_number_with_the_newest(policy):
     assert choose_chunks(make_index(10), 40, policy).tolist() == list(range(10))
 
@@ -260,10 +260,13 @@ def test_choose_when_a_chunk_is_larger_than_the_budget_then_the_newest_alone():
     assert choose_chunks(make_index(5, n_tokens=100), 8, "recent").tolist() == [4]
 
 
-def test_auto_when_the_range_fits_then_recent_else_global_local():
-    assert choose_policy("auto", 512, 512) == "recent"
-    assert choose_policy("auto", 513, 512) == "global_local"
-    assert choose_policy("uniform", 513, 512) == "uniform"
+def test_auto_when_the_range_fits_then_recent_else_what_changes_or_global_local():
+    fits, longer, long = make_index(32, 16), make_index(33, 16), make_index(CANDIDATE_CHUNKS + 1, 16)
+
+    assert choose_policy("auto", fits, 512) == "recent"
+    assert choose_policy("auto", longer, 512) == "changes"
+    assert choose_policy("auto", long, 512) == "global_local"
+    assert choose_policy("uniform", long, 512) == "uniform"
 
 
 def test_put_when_a_chunk_is_replaced_then_held_once():
