@@ -9,7 +9,8 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from ..operators.errors import SourceError
-from ..operators.rows import BLOCK_SCHEMA, Barrier, Position, Segment, block_of
+from ..operators.rows import BLOCK_SCHEMA, Barrier, DeadLetter, Position, Segment, block_of
 from .sessions import Record, SessionTracker
 from .settings import KafkaSettings, resolve_secrets
 
@@ -43,6 +44,24 @@ class SourcePlan:
     next_offsets: Mapping[tuple[str, int], int]  # from the checkpoint; others begin at `kafka.start`
     snapshots: Mapping[tuple[str, int], bytes] = field(default_factory=dict, repr=False)
     barrier_interval_s: float = 2.0
+    new_partitions: frozenset[tuple[str, int]] = frozenset()  # found while running: from their beginning, always
+
+
+@dataclass(frozen=True)
+class LostRecords:
+    """Records that retention deleted before they were read."""
+
+    first_offset: int
+    next_offset: int  # of the first that is left
+
+    def dead_letter(self, first_left: Segment) -> DeadLetter:
+        """Return what tells of them, beside the first record that is left of the partition."""
+        n = self.next_offset - self.first_offset
+        detail = (
+            f"offsets {self.first_offset} to {self.next_offset - 1} ({n} records) were deleted before they were read"
+        )
+        letter = DeadLetter.of(first_left.meta, "retention", detail)
+        return replace(letter, stream_id="", session="", seq=0, offset=self.first_offset, n_bytes=0)
 
 
 class KafkaSource(Datasource):
@@ -80,19 +99,25 @@ def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
     tracker = SessionTracker.restore(plan.snapshots)
     consumer = open_consumer(plan.kafka)
     try:
-        assignment = _assign(consumer, plan)
+        assignment, lost = _assign(consumer, plan)
         lane_seq = itertools.count()
-        for items in _items(consumer, assignment, tracker, plan.barrier_interval_s):
+        for items in _items(consumer, assignment, lost, tracker, plan.barrier_interval_s):
             yield block_of([item.to_row(next(lane_seq)) for item in items])
     finally:
         consumer.close()
 
 
 def _items(
-    consumer: KafkaConsumer, assignment: Sequence[TopicPartition], tracker: SessionTracker, interval_s: float
+    consumer: KafkaConsumer,
+    assignment: Sequence[TopicPartition],
+    lost: Mapping[TopicPartition, LostRecords],
+    tracker: SessionTracker,
+    interval_s: float,
 ) -> Iterator[list[Segment | Barrier]]:
     """Yield segments as they come and a barrier whenever its time is due, between two records; block by block."""
-    next_offsets = {tp: consumer.position(tp) or 0 for tp in assignment}
+    # What was lost is told beside the next record; until then no barrier may step over it.
+    untold = dict(lost)
+    next_offsets = {tp: untold[tp].first_offset if tp in untold else consumer.position(tp) or 0 for tp in assignment}
     yield [_barrier(consumer, next_offsets, tracker)]
     due_s = time.monotonic() + interval_s
     while True:
@@ -100,6 +125,9 @@ def _items(
         for tp, record in _poll(consumer):
             segment = tracker.take(_record(record))
             next_offsets[tp] = record.offset + 1
+            if segment is not None and tp in untold:
+                letter = untold.pop(tp).dead_letter(segment)
+                segment = replace(segment, dead_letters=(letter, *segment.dead_letters))
             if segment is not None:
                 ready.append(segment)
             if time.monotonic() >= due_s:
@@ -111,7 +139,8 @@ def _items(
         # Between polls everything that was fetched is handled, so the consumer's own position may be taken:
         # it also steps over control records and aborted transactions, which a poll never returns.
         for tp in assignment:
-            next_offsets[tp] = max(next_offsets[tp], consumer.position(tp) or 0)
+            if tp not in untold:
+                next_offsets[tp] = max(next_offsets[tp], consumer.position(tp) or 0)
         if time.monotonic() >= due_s:
             ready.append(_barrier(consumer, next_offsets, tracker))
             due_s = time.monotonic() + interval_s
@@ -155,19 +184,26 @@ def _barrier(consumer: KafkaConsumer, next_offsets: Mapping[TopicPartition, int]
     return barrier.with_snapshots(STEP_NAME, tracker.snapshot())
 
 
-def _assign(consumer: KafkaConsumer, plan: SourcePlan) -> list[TopicPartition]:
+def _assign(
+    consumer: KafkaConsumer, plan: SourcePlan
+) -> tuple[list[TopicPartition], dict[TopicPartition, LostRecords]]:
+    """Take the partitions from where they go on; return them, and what retention has deleted of them meanwhile."""
     from kafka.structs import TopicPartition
 
     assignment = [TopicPartition(*partition) for partition in plan.partitions]
     consumer.assign(assignment)
-    fresh = [tp for tp in assignment if (tp.topic, tp.partition) not in plan.next_offsets]
+    begins = consumer.beginning_offsets(assignment) if assignment else {}
+    latest = [tp for tp in assignment if plan.kafka.start == "latest" and tuple(tp) not in plan.new_partitions]
     # Looked up once and sought to, so that "latest" is a fixed offset from here on.
-    starts = (
-        (consumer.beginning_offsets if plan.kafka.start == "earliest" else consumer.end_offsets)(fresh) if fresh else {}
-    )
+    starts = {**begins, **(consumer.end_offsets(latest) if latest else {})}
+    lost = {}
     for tp in assignment:
-        consumer.seek(tp, plan.next_offsets.get((tp.topic, tp.partition), starts.get(tp, 0)))
-    return assignment
+        next_offset = plan.next_offsets.get((tp.topic, tp.partition), starts[tp])
+        if next_offset < begins[tp]:
+            lost[tp] = LostRecords(next_offset, begins[tp])
+            logger.warning("records_lost partition=%s[%d] offsets=%d..%d", *tp, next_offset, begins[tp] - 1)
+        consumer.seek(tp, max(next_offset, begins[tp]))
+    return assignment, lost
 
 
 def client_options(kafka: KafkaSettings) -> dict[str, Any]:
@@ -204,45 +240,53 @@ def open_consumer(kafka: KafkaSettings, group_id: str | None = None) -> KafkaCon
 
 
 def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
-    """Return every partition of the configured topics, sorted.
+    """Return every partition of the configured topics, sorted; a name with ``*``, ``?`` or ``[`` is a pattern.
 
     Raises:
-        SourceError: If a topic does not exist; lists those that do.
+        SourceError: If a topic does not exist, or a pattern fits none; lists those that do.
     """
     consumer = open_consumer(kafka)
     try:
         existing = sorted(consumer.topics())
-        missing = [t for t in kafka.topics if t not in existing]
+        found = {name: [t for t in existing if t == name or _fits(t, name)] for name in kafka.topics}
+        missing = [name for name, topics in found.items() if not topics]
         if missing:
             raise SourceError(
                 f"No topic {', '.join(missing)} at {kafka.bootstrap_servers}; there: {', '.join(existing) or 'none'}. "
                 "Create it, publish to it once, or set kafka.topics."
             )
-        return sorted((t, p) for t in kafka.topics for p in consumer.partitions_for_topic(t) or ())
+        chosen = {t for topics in found.values() for t in topics}
+        return sorted((t, p) for t in chosen for p in consumer.partitions_for_topic(t) or ())
     finally:
         consumer.close()
 
 
+def _fits(topic: str, pattern: str) -> bool:
+    # Kafka's own topics begin with two underscores and carry no video.
+    return any(c in pattern for c in "*?[") and not topic.startswith("__") and fnmatchcase(topic, pattern)
+
+
 def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, int], int]) -> None:
-    """Refuse positions that the broker does not hold: it would be waited for them in silence.
+    """Refuse positions that the broker does not hold yet: they would be waited for in silence.
+
+    A position before a partition's beginning is none of these: the lane goes on at what is left, and records the gap.
 
     Raises:
-        SourceError: If a position lies past a partition's end (the topic was made anew) or before its beginning.
+        SourceError: If a position lies past a partition's end: the topic was made anew.
     """
     from kafka.structs import TopicPartition
 
     consumer = open_consumer(kafka)
     try:
         partitions = [TopicPartition(*key) for key in next_offsets]
-        begins, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
+        ends = consumer.end_offsets(partitions)
         for tp in partitions:
             next_offset = next_offsets[tp.topic, tp.partition]
-            if not begins[tp] <= next_offset <= ends[tp]:
+            if next_offset > ends[tp]:
                 raise SourceError(
                     f"{tp.topic}[{tp.partition}]: the checkpoint goes on at offset {next_offset}, but "
-                    f"{kafka.bootstrap_servers} holds {begins[tp]} to {ends[tp]}. Was the topic or the broker made "
-                    "anew, or has retention deleted what was not read? Give back the old topic, or set output.path "
-                    "to a new folder."
+                    f"{kafka.bootstrap_servers} ends at {ends[tp]}. Was the topic or the broker made anew? Give back "
+                    "the old topic, or set output.path to a new folder."
                 )
     finally:
         consumer.close()

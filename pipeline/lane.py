@@ -57,6 +57,7 @@ class LanePlan:
     identity: Mapping[str, Any]  # what a checkpoint must agree with
     partitions: tuple[tuple[str, int], ...]
     start: LaneStart  # from recovery: positions and states that belong together
+    new_partitions: frozenset[tuple[str, int]] = frozenset()  # of `partitions`, those found while running
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         next_offsets={(p.topic, p.partition): p.next_offset for p in plan.start.positions},
         snapshots=snapshots_of(kafka_source.STEP_NAME),
         barrier_interval_s=lanes.barrier_interval_s,
+        new_partitions=plan.new_partitions,
     )
     decode = {
         "fps": settings.sampling.fps,

@@ -29,7 +29,14 @@ class KafkaSettings(_Section):
     """Where the streams arrive."""
 
     bootstrap_servers: str = Field("127.0.0.1:9092", description="host:port[,host:port…] of the brokers.")
-    topics: list[str] = Field(["video"], min_length=1, description="Topics that carry segments.")
+    topics: list[str] = Field(
+        ["video"], min_length=1, description="Topics that carry segments; cam-* for all that are called so."
+    )
+    discover_s: float = Field(
+        30.0,
+        gt=0,
+        description="How often new topics and partitions are looked for; read from their beginning.",
+    )
     group_id: str = Field(
         "stormline",
         description="Consumer group that offsets are reported to, for lag tools. Never read back.",

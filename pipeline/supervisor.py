@@ -58,7 +58,7 @@ class RunStatus:
     lanes: int
     lanes_up: int
     restarts: int  # after failures
-    renewals: int  # planned ones, see `lanes.renew_after_segments`
+    renewals: int  # planned ones: see `lanes.renew_after_segments`, and for new partitions
     segments: int
     frames: int
     sampled: int
@@ -127,11 +127,16 @@ class Supervisor:
     ) -> None:
         if self._stop.is_set():
             return
+        from .partition_watch import PartitionWatch
+
         self._plan()
         self._tell(f"starting {len(self._slots)} lane(s)")
         ready = False
+        watch = PartitionWatch(self._settings.kafka, (p for slot in self._slots for p in slot.plan.partitions))
         try:
+            watch.start()
             while not self._stop.is_set():
+                self._adopt(watch.take())
                 self._tend()
                 status = self.status()
                 if not ready and status.lanes_up == len(self._slots):
@@ -143,6 +148,7 @@ class Supervisor:
                 self._stop.wait(POLL_S)
         finally:
             self._phase = "stopping"
+            watch.stop()
             self._stop_lanes()
 
     @contextmanager
@@ -191,6 +197,25 @@ class Supervisor:
                 )
             )
 
+    def _adopt(self, partitions: list[tuple[str, int]]) -> None:
+        """Give new partitions to the lanes that have the fewest; each takes them up at its next commit."""
+        for partition in partitions:
+            slot = min(self._slots, key=lambda slot: len(slot.plan.partitions))
+            slot.plan = replace(
+                slot.plan,
+                partitions=(*slot.plan.partitions, partition),
+                new_partitions=slot.plan.new_partitions | {partition},
+            )
+            self._tell(f"new partition {partition[0]}[{partition[1]}]: lane {slot.plan.lane} takes it up")
+            if slot.actor is not None:
+                self._renew(slot)
+
+    def _renew(self, slot: LaneSlot) -> None:
+        """Have a lane stop at its next commit, to start again from there with the slot's plan."""
+        if not slot.renewing:
+            slot.renewing = True
+            slot.actor.stop.remote()
+
     def _tend(self) -> None:
         """Start what should run, restart what failed, refresh what they say."""
         import ray
@@ -203,8 +228,7 @@ class Supervisor:
                 if done:
                     self._lane_ended(slot)
                 elif self._is_old(slot):
-                    slot.renewing = True
-                    slot.actor.stop.remote()
+                    self._renew(slot)
                 elif self._stalled(slot):
                     self._fail(slot, f"no barrier for {self._settings.lanes.stall_s:.0f} s")
         self._refresh()
@@ -234,7 +258,7 @@ class Supervisor:
 
     def _is_old(self, slot: LaneSlot) -> bool:
         limit = self._settings.lanes.renew_after_segments
-        return not slot.renewing and slot.status is not None and slot.status.segments >= limit
+        return slot.status is not None and slot.status.segments >= limit
 
     def _stalled(self, slot: LaneSlot) -> bool:
         if slot.status is None:

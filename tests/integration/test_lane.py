@@ -318,21 +318,24 @@ def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
     assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
 
 
-def test_lane_when_it_is_renewed_then_nothing_shows(whole_run, broker, services, records, make_settings):
-    create_topic(broker, "renewed", partitions=2)
-    send(broker, "renewed", [r for r in records if int(dict(r.headers)["seq"]) < 6])
-    settings = make_settings("renewed", "out", "lanes.renew_after_segments=14")
-    rest = [r for r in records if int(dict(r.headers)["seq"]) >= 6]
+def test_lane_when_it_is_renewed_and_a_topic_comes_later_then_nothing_shows(
+    whole_run, broker, services, records, make_settings
+):
+    create_topic(broker, "renewed", partitions=1)
+    send(broker, "renewed", [r for r in records if r.key == b"bikes"])
+    later = [r for r in records if r.key != b"bikes"]
+    limits = ("kafka.topics=['renewed*']", "kafka.discover_s=0.3", f"lanes.renew_after_segments={len(later) - 2}")
+    settings = make_settings("renewed", "out", *limits)
 
-    def send_rest(status):
-        if rest and status.segments >= 12:  # all of the first part
-            send(broker, "renewed", rest)
-            rest.clear()
+    def publish_later(status):
+        if later and status.segments:
+            create_topic(broker, "renewed-later", partitions=2)
+            send(broker, "renewed-later", later)
+            later.clear()
 
-    status = run_until_idle(settings, on_status=send_rest, done=lambda status: status.renewals)
+    status = run_until_idle(settings, on_status=publish_later, done=lambda status: status.segments == len(records))
 
-    assert (status.restarts, status.renewals) == (0, 1)
-    assert status.segments == len(records)
+    assert (status.restarts, status.renewals >= 1) == (0, True)
     assert comparable(drop(table(settings, "tokens"))) == comparable(drop(table(whole_run, "tokens")))
     assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
 

@@ -1,0 +1,56 @@
+"""Looks for topics and partitions that come while lanes run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+
+from ..operators.errors import SourceError
+from .settings import KafkaSettings
+
+logger = logging.getLogger(__name__)
+
+
+class PartitionWatch:
+    """Asks the brokers every so often, in a thread of its own.
+
+    Args:
+        kafka: With `topics` and `discover_s`.
+        known: Partitions that are read already.
+    """
+
+    def __init__(self, kafka: KafkaSettings, known: Iterable[tuple[str, int]]):
+        self._kafka = kafka
+        self._known = set(known)
+        self._found: list[tuple[str, int]] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="partition-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking; the thread ends with its present question."""
+        self._stop.set()
+
+    def take(self) -> list[tuple[str, int]]:
+        """Return what was found since the last call, sorted."""
+        with self._lock:
+            found, self._found = self._found, []
+        return sorted(found)
+
+    def _run(self) -> None:
+        from .kafka_source import list_partitions
+
+        while not self._stop.wait(self._kafka.discover_s):
+            try:
+                new = set(list_partitions(self._kafka)) - self._known
+            except SourceError as error:  # brokers that are away for a while; the lanes tell of it
+                logger.info("partitions_not_listed error=%s", error)
+                continue
+            self._known |= new
+            with self._lock:
+                self._found += new
