@@ -38,6 +38,7 @@ _ONE_PASS_CLIPS = 8  # of each length, whose tokens are compared with those of o
 _BATCH = 64  # prompts answered together
 _LONG_KINDS = (*NEEDLE_KINDS, "alert", "first change", "exists", "count")
 _CAPTION_TOKENS = 96
+_ENOUGH_TO_TELL = 5  # answers, before their being all alike says something about their kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +187,18 @@ def draw_items(n_frames: int, n_per_kind: int, stream: int, frames_at_most: int,
             items.append(AskedClip(replace(clip, backwards=True), turned))
         if all(taken[kind] >= n_per_kind for kind in kinds):
             break
-    return items
+    return _without_one_answer(items)
+
+
+def _without_one_answer(items: Sequence[AskedClip]) -> list[AskedClip]:
+    """Leave out kinds whose answer is always the same, such as counts of what a short clip cannot hold."""
+    answers: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        for question in item.questions:
+            answers[question.kind].append(question.answer)
+    dull = {kind for kind, told in answers.items() if len(told) >= _ENOUGH_TO_TELL and len(set(told)) == 1}
+    kept = (replace(item, questions=tuple(q for q in item.questions if q.kind not in dull)) for item in items)
+    return [item for item in kept if item.questions]
 
 
 def _quota(question: Question, n_per_kind: int) -> int:

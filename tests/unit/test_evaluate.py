@@ -64,6 +64,14 @@ def test_items_when_yes_or_no_then_as_many_of_each():
     assert abs(answers["yes"] - answers["no"]) <= 0.2 * answers.total()
 
 
+def test_items_when_a_kind_can_have_one_answer_only_then_it_is_not_asked():
+    asked = {n: Counter(q.kind for item in draw_items(n, 24, 0, 4800) for q in item.questions) for n in (8, 128)}
+
+    assert asked[8]["needle seen"]
+    assert not asked[8]["needle count"]  # none comes and goes within four seconds
+    assert asked[128]["needle count"]
+
+
 def test_evaluate_when_untrained_then_counts_and_controls(evaluation):
     kinds = evaluation.by_length[16]
 
