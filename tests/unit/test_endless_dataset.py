@@ -4,10 +4,21 @@ import inspect
 
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
 from ray.data._internal.stats import _StatsManager
 
 from stormline.pipeline.endless_dataset import EXECUTOR_TURN_S, ROWS_IN_FLIGHT, lane_context
+
+
+class Bundle:
+    """Stands for a block on its way."""
+
+    num_rows, size_bytes, schema, metadata = lambda self: 1, lambda self: 1, None, ()
+    block_refs = ()
+
+    def __len__(self):
+        return 1
 
 
 def test_ray_data_when_read_then_uses_what_the_lane_sets():
@@ -22,6 +33,7 @@ def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(monkeyp
     for owner, name in (
         (streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"),
         (map_operator, "to_stats"),
+        (ReorderingBundleQueue, "_move_to_next_key"),
         (_StatsManager, "update_execution_metrics"),
         (_StatsManager, "update_iteration_metrics"),
     ):
@@ -35,3 +47,14 @@ def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(monkeyp
     assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == EXECUTOR_TURN_S
     assert map_operator.to_stats([object()]) == []
     assert _StatsManager.update_execution_metrics("dataset", [], [], {}) is None
+
+    queue, bundles = ReorderingBundleQueue(), [Bundle() for _ in range(6)]
+    for first in range(0, 6, 3):
+        for key in (first + 1, first, first + 2):  # tasks end in any order
+            queue.add(bundles[key], key=key)
+            queue.finalize(key)
+        assert [queue.get_next() for _ in range(3)] == bundles[first : first + 3]
+        assert not queue.has_next()
+    assert queue._current_key == 6
+    assert len(queue._inner) <= 1  # the one that is looked for
+    assert not queue._finalized_keys
