@@ -85,6 +85,7 @@ class Evaluation:
     fingerprint: str
     seed: int
     budget_tokens: int
+    token_policy: str
     by_length: dict[int, dict[str, dict[str, Any]]]
     one_pass: dict[str, int]  # clips whose streamed tokens were compared with those of one pass, and equal ones
     encoded_frames_per_s: float
@@ -147,6 +148,7 @@ def evaluate(
         loaded.fingerprint,
         seed,
         budget_tokens,
+        policy,
         by_length,
         one_pass,
         round(rate, 1),
