@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from av.error import FFmpegError
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from .errors import MediaError
@@ -29,6 +30,7 @@ from .media import (
     open_video_stream,
     sniff_image,
 )
+from .pictures import PicturePace, make_jpeg
 from .rows import Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, block_of, rows_of
 from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
 
@@ -69,7 +71,13 @@ class DecodeLimits:
 
 
 def decode_segment(
-    data: Buffer, meta: SegmentMeta, *, grid: GridSpec, frame_hw: tuple[int, int], limits: DecodeLimits | None = None
+    data: Buffer,
+    meta: SegmentMeta,
+    *,
+    grid: GridSpec,
+    frame_hw: tuple[int, int],
+    limits: DecodeLimits | None = None,
+    with_picture: bool = False,
 ) -> DecodedSegment:
     """Decode a segment on the calling thread and sample it on the session's grid.
 
@@ -84,6 +92,7 @@ def decode_segment(
         grid: The lane's grid.
         frame_hw: Size of the frames that come out; the aspect is not kept.
         limits: What it may cost; by default `DecodeLimits()`.
+        with_picture: Whether the tail is to come as a small JPEG, too.
 
     Returns:
         The sampled frames and the tail, with dead letters `damaged` or `too_long` where frames were lost. An empty
@@ -100,9 +109,13 @@ def decode_segment(
     codec = None if meta.content_type.startswith("video/") else sniff_image(data)
     if codec is not None:
         frame = decode_image(data, codec, max_frame_px=limits.max_frame_px)
-        return sample_frames(ImageReader(frame), meta, None, grid=grid, frame_hw=frame_hw, limits=limits)
+        return sample_frames(
+            ImageReader(frame), meta, None, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
+        )
     with open_media(data, max_frame_px=limits.max_frame_px) as container:
-        return decode_container(container, meta, None, grid=grid, frame_hw=frame_hw, limits=limits)
+        return decode_container(
+            container, meta, None, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
+        )
 
 
 def decode_file(
@@ -152,6 +165,7 @@ def decode_container(
     grid: GridSpec,
     frame_hw: tuple[int, int],
     limits: DecodeLimits,
+    with_picture: bool = False,
 ) -> DecodedSegment:
     """Decode an open container; see `decode_segment` and `decode_file`."""
     with ffmpeg_errors() as errors:
@@ -160,7 +174,9 @@ def decode_container(
         clock = None
         if origin_pts is not None and stream.time_base is not None:
             clock = MediaClock(stream.time_base, origin_pts, meta.session_start_ns, meta.session_start_ns)
-        return sample_frames(reader, meta, clock, grid=grid, frame_hw=frame_hw, limits=limits)
+        return sample_frames(
+            reader, meta, clock, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
+        )
 
 
 class FrameTimer:
@@ -217,6 +233,7 @@ def sample_frames(
     grid: GridSpec,
     frame_hw: tuple[int, int],
     limits: DecodeLimits,
+    with_picture: bool = False,
 ) -> DecodedSegment:
     """Run a reader's frames over the grid and convert those that are needed.
 
@@ -245,7 +262,17 @@ def sample_frames(
         tail_ns=timer.tail_ns,
         n_frames=timer.n_kept,
         dead_letters=notices(reader, timer, meta),
+        jpeg=jpeg_of(timer.tail) if with_picture else b"",
     )
+
+
+def jpeg_of(frame: VideoFrame) -> bytes:
+    """Return a frame as a small JPEG; nothing where FFmpeg cannot: a segment is not lost for its picture."""
+    try:
+        return make_jpeg(frame, orientation(frame))
+    except FFmpegError as error:
+        log.debug("no picture: %s", error)
+        return b""
 
 
 def notices(reader: VideoReader | ImageReader, timer: FrameTimer, meta: SegmentMeta) -> tuple[DeadLetter, ...]:
@@ -327,6 +354,7 @@ class Decode:
         frame_hw: Size of the frames that come out: the model's.
         max_hold_s: See `GridSpec.max_hold_ns`.
         dead_letter_bytes: How many bytes of an unusable record to keep.
+        picture_interval_s: Between two small pictures of a stream that this process makes, for people; 0 for none.
         limits: What a segment may cost.
     """
 
@@ -337,12 +365,14 @@ class Decode:
         frame_hw: tuple[int, int],
         max_hold_s: float = DEFAULT_MAX_HOLD_NS / NS_PER_S,
         dead_letter_bytes: int = 1 << 20,
+        picture_interval_s: float = 0.0,
         limits: DecodeLimits | None = None,
     ):
         self.grid = GridSpec(Fraction(str(fps)), round(max_hold_s * NS_PER_S))
         self.frame_hw = frame_hw
         self.dead_letter_bytes = dead_letter_bytes
         self.limits = limits or DecodeLimits()
+        self.pace = PicturePace(picture_interval_s)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Decode the segments of a block.
@@ -364,7 +394,14 @@ class Decode:
         """Decode a segment, or say why not: one bad record must not stop a lane, which would meet it again."""
         meta = segment.meta
         try:
-            return decode_segment(segment.data, meta, grid=self.grid, frame_hw=self.frame_hw, limits=self.limits)
+            return decode_segment(
+                segment.data,
+                meta,
+                grid=self.grid,
+                frame_hw=self.frame_hw,
+                limits=self.limits,
+                with_picture=self.pace.due(meta.stream_id),
+            )
         except MediaError as error:
             reason, detail = error.reason, str(error)
         except MemoryError:

@@ -8,7 +8,7 @@ had happened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .ordering import ReorderBuffer
-from .rows import Barrier, Chunk, DecodedSegment, EncodedSegment, Row, SegmentMeta, block_of, rows_of
+from .rows import Barrier, Chunk, DecodedSegment, EncodedSegment, LaneNews, Picture, Row, SegmentMeta, block_of, rows_of
 from .sampling import FrameChunk, GridSpec, SamplerState, assemble_chunks, flush, step_sampler
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 STEP_NAME = "encode"
 SNAPSHOT_VERSION = 1
 
-OnChunks = Callable[[Sequence[Chunk]], None]
+OnNews = Callable[[LaneNews], None]
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Encode:
         load: Gives the model; called once, here, in the actor.
         grid: The sampling grid.
         threads: CPU threads for the model.
-        on_chunks: Told of new chunks at once, before they are committed (the token store). May see a chunk again
-            after a restart.
+        on_news: Told of new chunks at once, before they are committed, and of pictures and lags with them or with the
+            next barrier (the token store). May see a chunk again after a restart.
         snapshots: This step's states to go on from, by partition.
     """
 
@@ -160,14 +160,16 @@ class Encode:
         load: Callable[[], LoadedModel],
         grid: GridSpec,
         threads: int = 1,
-        on_chunks: OnChunks | None = None,
+        on_news: OnNews | None = None,
         snapshots: Mapping[tuple[str, int], bytes] | None = None,
     ):
         import torch
 
         torch.set_num_threads(threads)
         self._encoder = Encoder(load(), grid)
-        self._on_chunks = on_chunks
+        self._on_news = on_news
+        self._pictures: dict[str, Picture] = {}  # of streams, not told yet
+        self._lags: dict[tuple[str, int], int] = {}  # as last told
         self._order = ReorderBuffer()
         self._streams: dict[tuple[str, int], dict[str, StreamEncoding]] = {
             partition: self._restore(blob) for partition, blob in (snapshots or {}).items()
@@ -181,7 +183,9 @@ class Encode:
 
     def _handle(self, row: Row) -> Row:
         if row.kind == Barrier.KIND:
-            return Barrier.from_row(row).with_snapshots(STEP_NAME, self.snapshot()).to_row(row.lane_seq)
+            barrier = Barrier.from_row(row)
+            self._tell_at_barrier(barrier)
+            return barrier.with_snapshots(STEP_NAME, self.snapshot()).to_row(row.lane_seq)
         decoded = DecodedSegment.from_row(row)
         meta = decoded.meta
         streams = self._streams.setdefault((meta.topic, meta.partition), {})
@@ -190,9 +194,27 @@ class Encode:
             streams.pop(meta.stream_id, None)
         else:
             streams[meta.stream_id] = after
-        if self._on_chunks is not None and encoded.chunks:
-            self._on_chunks(encoded.chunks)
+        if decoded.jpeg:
+            self._pictures[meta.stream_id] = Picture(decoded.tail_ns, bytes(decoded.jpeg))
+        if encoded.chunks or after is None:
+            self._tell(encoded.chunks, (meta.stream_id,) if after is None else ())
         return encoded.to_row(row.lane_seq)
+
+    def _tell(
+        self,
+        chunks: tuple[Chunk, ...] = (),
+        ended: tuple[str, ...] = (),
+        lags: Mapping[tuple[str, int], int] | None = None,
+    ) -> None:
+        pictures, self._pictures = self._pictures, {}
+        if self._on_news is not None:
+            self._on_news(LaneNews(chunks, ended, pictures, lags or {}))
+
+    def _tell_at_barrier(self, barrier: Barrier) -> None:
+        lags = {(p.topic, p.partition): p.lag for p in barrier.positions}
+        if lags != self._lags or self._pictures:
+            self._lags = lags
+            self._tell(lags=lags)
 
     def snapshot(self) -> dict[tuple[str, int], bytes]:
         """Return the streams' states after the last row, by partition."""

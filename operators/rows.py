@@ -184,6 +184,7 @@ class DecodedSegment:
     tail_ns: int  # time of its last frame
     n_frames: int  # frames decoded; 0 where the segment failed: then frames is (0, H, W, 3)
     dead_letters: tuple[DeadLetter, ...] = ()
+    jpeg: Buffer = field(repr=False, default=b"")  # the tail as a small picture for people, where one was due
 
     KIND = "frames"
 
@@ -204,7 +205,7 @@ class DecodedSegment:
             "n_frames": self.n_frames,
             "dead": dead,
         }
-        return Row(self.KIND, lane_seq, header, (_view(self.frames), *dead_parts))
+        return Row(self.KIND, lane_seq, header, (_view(self.frames), self.jpeg, *dead_parts))
 
     @classmethod
     def from_row(cls, row: Row) -> DecodedSegment:
@@ -217,7 +218,8 @@ class DecodedSegment:
             first_ns=h["first_ns"],
             tail_ns=h["tail_ns"],
             n_frames=h["n_frames"],
-            dead_letters=_unpack_dead(h["dead"], row.parts[1:]),
+            dead_letters=_unpack_dead(h["dead"], row.parts[2:]),
+            jpeg=row.parts[1],
         )
 
 
@@ -238,6 +240,24 @@ class Chunk:
     offset: int  # of the record that completed it
     append_ns: int  # that record's Kafka timestamp: for latency only
     tokens: np.ndarray = field(repr=False)  # (n_tokens, d_model) float16
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A stream's newest frame as a small JPEG, for people."""
+
+    time_ns: int  # of the frame
+    jpeg: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LaneNews:
+    """What the encoder tells at once, before it is committed; after a restart some of it comes again."""
+
+    chunks: tuple[Chunk, ...] = ()
+    ended: tuple[str, ...] = ()  # streams of which a session ended with these chunks, and no other began
+    pictures: Mapping[str, Picture] = field(default_factory=dict)  # stream → its newest
+    lags: Mapping[tuple[str, int], int] = field(default_factory=dict)  # (topic, partition) → records behind its end
 
 
 @dataclass(frozen=True)

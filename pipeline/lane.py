@@ -122,12 +122,13 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "frame_hw": plan.frame_hw,
         "max_hold_s": settings.sampling.max_hold_s,
         "dead_letter_bytes": settings.output.dead_letter_bytes,
+        "picture_interval_s": lanes.picture_interval_s,
     }
     encode = {
         "load": LoadFromSettings(settings.model),
         "grid": grid,
         "threads": lanes.encode_threads,
-        "on_chunks": StoreClient(),
+        "on_news": StoreClient(),
         "snapshots": snapshots_of(encode_step.STEP_NAME),
     }
     annotate = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,14 @@ from ray import serve
 
 from ..models.prompts import VideoAnswer, VideoPrompt
 from ..operators.errors import ServiceError
-from ..operators.rows import Chunk
+from ..operators.rows import LaneNews, Picture
 from .chunk_index import PastChunk
 from .front.address import check_port
 from .settings import ServeSettings, Settings
 from .video_llm import ModelDescription
 
 if TYPE_CHECKING:
+    from .stream_activity import StreamActivity
     from .token_store import HeldStream
 
 logger = logging.getLogger(__name__)
@@ -164,14 +165,14 @@ class LlmClient(_Llm):
 
 
 class StoreClient(_Store):
-    """Push chunks to the token store without waiting.
+    """Push chunks, and what else is new, to the token store without waiting.
 
     The store is a cache of what the tokens table holds, so a push that fails is logged and not repeated.
     """
 
-    def __call__(self, chunks: Sequence[Chunk]) -> None:
-        """Send the chunks."""
-        self._deployment().push.remote(list(chunks))
+    def __call__(self, news: LaneNews) -> None:
+        """Send the news."""
+        self._deployment().push.remote(news)
 
 
 class LlmReader(_Llm):
@@ -217,3 +218,11 @@ class StoreReader(_Store):
     async def streams(self) -> dict[str, tuple[int, int, int]]:
         """Return for each stream: first start_ns, last end_ns, number of chunks."""
         return await self._deployment().streams.remote()
+
+    async def activity(self) -> dict[str, StreamActivity]:
+        """Return what was last heard of each stream."""
+        return await self._deployment().activity.remote()
+
+    async def picture(self, stream_id: str) -> Picture | None:
+        """Return a stream's newest picture."""
+        return await self._deployment().picture.remote(stream_id)

@@ -99,6 +99,11 @@ class LaneSettings(_Section):
     decode_workers: int = Field(2, ge=1, le=256, description="Decoder processes a lane.")
     encode_threads: int = Field(1, ge=1, description="CPU threads of a lane's encoder.")
     barrier_interval_s: float = Field(2.0, gt=0, description="Time between commits.")
+    picture_interval_s: float = Field(
+        2.0,
+        ge=0,
+        description="A decoder makes a small picture of each of its streams so often, for the page; 0: none.",
+    )
     max_rows_in_flight: int = Field(32, ge=1, description="Records waiting for the LLM at once, a lane.")
     renew_after_segments: int = Field(
         100_000,

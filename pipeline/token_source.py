@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 
+from ..operators.rows import Picture
 from .chunk_index import ChunkIndex, PastChunk
+from .stream_activity import StreamActivity
 from .token_files import TokenFiles
 from .token_store import HeldStream
 
@@ -36,6 +38,14 @@ class Store(Protocol):
 
     async def streams(self) -> dict[str, tuple[int, int, int]]:
         """Return for each stream: first start_ns, last end_ns, number of chunks."""
+        ...
+
+    async def activity(self) -> Mapping[str, StreamActivity]:
+        """Return what was last heard of each stream."""
+        ...
+
+    async def picture(self, stream_id: str) -> Picture | None:
+        """Return a stream's newest picture."""
         ...
 
 
@@ -83,6 +93,14 @@ class TokenSource:
             old = spans.get(name, StreamSpan(start_ns, end_ns, n_chunks))
             spans[name] = StreamSpan(min(old.start_ns, start_ns), max(old.end_ns, end_ns), max(old.n_chunks, n_chunks))
         return dict(sorted(spans.items()))
+
+    async def activity(self) -> Mapping[str, StreamActivity]:
+        """Return what was last heard of each stream that a lane has told of; nothing while the store is away."""
+        return await self._ask(self._store.activity) or {}
+
+    async def picture(self, stream_id: str) -> Picture | None:
+        """Return a stream's newest picture, if there is one."""
+        return await self._ask(lambda: self._store.picture(stream_id))
 
     async def last_ns(self, stream_id: str) -> int | None:
         """Return when the stream's newest chunk ends; None for a stream without tokens."""

@@ -6,15 +6,16 @@ import statistics
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ray import serve
 
-from ..operators.rows import Chunk
+from ..operators.rows import Chunk, LaneNews, Picture
 from .chunk_index import ChunkIndex, PastChunk
+from .stream_activity import StreamActivity, StreamRegister
 
 LATENCY_SAMPLES = 4096  # of the newest chunks, for percentiles
 
@@ -120,12 +121,14 @@ class TokenStore:
 
     def __init__(self, max_bytes: int):
         self._memory = TokenMemory(max_bytes)
+        self._register = StreamRegister()
         self._latencies_ms: deque[float] = deque(maxlen=LATENCY_SAMPLES)
 
-    async def push(self, chunks: Sequence[Chunk]) -> None:
-        """Take the chunks in."""
+    async def push(self, news: LaneNews) -> None:
+        """Take in what a lane tells."""
         now_ns = time.time_ns()
-        for chunk in chunks:
+        self._register.take(news)
+        for chunk in news.chunks:
             # The array arrives as a view of the request's buffer; own it.
             self._memory.put(replace(chunk, tokens=chunk.tokens.copy()))
             self._latencies_ms.append((now_ns - chunk.append_ns) / 1e6)
@@ -141,6 +144,14 @@ class TokenStore:
     async def streams(self) -> dict[str, tuple[int, int, int]]:
         """Return for each stream: first start_ns, last end_ns, number of chunks."""
         return self._memory.streams()
+
+    async def activity(self) -> Mapping[str, StreamActivity]:
+        """Return what was last heard of each stream."""
+        return self._register.activity()
+
+    async def picture(self, stream_id: str) -> Picture | None:
+        """Return a stream's newest picture."""
+        return self._register.picture(stream_id)
 
     async def stats(self) -> dict[str, Any]:
         """Return streams, bytes held and the latency of pushes."""

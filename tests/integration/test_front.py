@@ -11,7 +11,7 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from stormline.operators.rows import Chunk, Position, Result
+from stormline.operators.rows import Chunk, LaneNews, Position, Result
 from stormline.pipeline.cli import app
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
@@ -47,7 +47,7 @@ def stream(services):
     captions = [make_caption(index) for index in range(4)]
     writer.commit(chunks=chunks[:12], results=captions[:2], positions=[Position("v", 0, 12)], snapshots={})
     writer.commit(chunks=chunks[12:20], results=captions[2:], positions=[Position("v", 0, 20)], snapshots={})
-    StoreClient()(chunks[15:])
+    StoreClient()(LaneNews(tuple(chunks[15:])))
     store = serve.get_deployment_handle("TokenStore", STORE_APP)
     deadline_s = time.monotonic() + 60
     while "front gate" not in store.streams.remote().result(timeout_s=30):

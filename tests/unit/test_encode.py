@@ -181,3 +181,23 @@ def test_scene_score_when_the_picture_changes_then_higher_than_when_it_stays(loa
 
     assert np.isnan(scores[0])
     assert scores[1] < 1e-6 < scores[2]
+
+
+def test_news_when_segments_and_barriers_pass_then_chunks_pictures_lags_and_ends_are_told(loaded, packets):
+    size = loaded.model.config.image_size
+    decode = Decode(fps=2, frame_hw=(size, size), picture_interval_s=1e-9)
+    told = []
+    step = Encode(lambda: loaded, GridSpec(Fraction(2)), on_news=told.append)
+    parts = list(segments(packets, [10, 20, 75]))  # one second, two seconds, the rest
+    barriers = [Barrier((Position("video", 0, n, lag=lag),), made_ns=0) for n, lag in ((1, 4), (2, 4), (3, 0))]
+
+    for lane_seq, item in enumerate(item for pair in zip(parts, barriers, strict=True) for item in pair):
+        list(step(decode(block_of([item.to_row(lane_seq)]))))
+
+    seen = [(len(n.chunks), n.ended, [p.time_ns - START_NS for p in n.pictures.values()], dict(n.lags)) for n in told]
+    assert seen == [
+        (0, (), [900_000_000], {("video", 0): 4}),
+        (1, (), [2_900_000_000], {}),
+        (5, ("cam",), [10_400_000_000], {}),
+        (0, (), [], {("video", 0): 0}),
+    ]
