@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,9 @@ class ResultFeed:
         """Return how many listen."""
         return self._listeners
 
-    async def listen(self, after: Cursor | None = None, *, idle_s: float = 15.0) -> AsyncIterator[ResultEvent | Cursor]:
+    async def listen(
+        self, after: Cursor | None = None, *, idle_s: float = 15.0
+    ) -> AsyncGenerator[ResultEvent | Cursor]:
         """Yield results from a place on, and go on with new ones for ever.
 
         Args:
@@ -122,7 +124,7 @@ class ResultFeed:
         self._kept.clear()
 
 
-async def _from_disk(tail: ResultTail) -> AsyncIterator[ResultEvent]:
+async def _from_disk(tail: ResultTail) -> AsyncGenerator[ResultEvent]:
     events = tail.poll()
     while batch := await asyncio.to_thread(lambda: list(islice(events, _EVENTS_AT_ONCE))):
         for event in batch:

@@ -159,6 +159,7 @@ class ServeSettings(_Section):
     max_prompt_chars: int = Field(16_000, ge=1, description="Of all messages of a request together.")
     max_parts: int = Field(8, ge=1, description="Video parts of a request.")
     max_range_s: float = Field(7 * 86_400.0, gt=0, description="Of one video part.")
+    max_listeners: int = Field(64, ge=0, le=4000, description="Who follow events at once; further ones get 429.")
     max_concurrent: int = Field(8, ge=1, le=256, description="Questions answered at once.")
     max_queued: int = Field(32, ge=0, le=1024, description="Questions waiting beyond those; further ones get 429.")
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
+from functools import reduce
 from itertools import groupby
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ class RowFilter:
     kind: str | None = None  # results only: caption, alert, answer
     stream: str | None = None  # a name, or a pattern with * ? [ ]
     since: datetime | None = None  # by start_time; aware
+    until: datetime | None = None  # by start_time, not included; aware
 
 
 class TableReader:
@@ -84,14 +87,12 @@ class TableReader:
 
     def _files(self, after: dict[int, int], until: dict[int, int]) -> list[FoundFile]:
         """Return the files of epochs (after, until] of each lane, without those of days before the filter's."""
-        first_date = ""
-        if self._wanted.since is not None:
-            first_date = self._wanted.since.astimezone(timezone.utc).strftime("%Y-%m-%d")
+        first_date, last_date = _date_of(self._wanted.since) or "", _date_of(self._wanted.until) or "9999"
         return [
             file
             for file in find_data_files(self._root, [self._table])
             if not file.temporary
-            and file.date >= first_date
+            and first_date <= file.date <= last_date
             and after.get(file.lane, 0) < file.epoch <= until.get(file.lane, 0)
         ]
 
@@ -107,11 +108,10 @@ class TableReader:
         if self._wanted.kind is not None:
             conditions.append(ds.field("kind") == self._wanted.kind)
         if self._wanted.since is not None:
-            since = pa.scalar(self._wanted.since.astimezone(timezone.utc), pa.timestamp("us", tz="UTC"))
-            conditions.append(ds.field("start_time") >= since)
-        if not conditions:
-            return None
-        return conditions[0] if len(conditions) == 1 else conditions[0] & conditions[1]
+            conditions.append(ds.field("start_time") >= _scalar(self._wanted.since))
+        if self._wanted.until is not None:
+            conditions.append(ds.field("start_time") < _scalar(self._wanted.until))
+        return reduce(and_, conditions) if conditions else None
 
     def _stream_is_wanted(self, stream_id: str) -> bool:
         return self._wanted.stream is None or fnmatchcase(stream_id, self._wanted.stream)
@@ -139,6 +139,14 @@ def _batches(files: list[FoundFile]) -> Iterator[list[FoundFile]]:
         day = sorted(group, key=lambda f: (f.path.stat().st_mtime_ns, f.epoch), reverse=True)
         for start in range(0, len(day), _FILES_AT_ONCE):
             yield day[start : start + _FILES_AT_ONCE][::-1]
+
+
+def _date_of(moment: datetime | None) -> str | None:
+    return moment.astimezone(timezone.utc).strftime("%Y-%m-%d") if moment else None
+
+
+def _scalar(moment: datetime) -> pa.Scalar:
+    return pa.scalar(moment.astimezone(timezone.utc), pa.timestamp("us", tz="UTC"))
 
 
 def _by_time(row: dict[str, Any]) -> datetime:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 
 class ApiError(Exception):
     """A request that is answered with an error. Its message is for who asked, and never goes into a log.
@@ -35,6 +37,26 @@ class ApiError(Exception):
         """Return the headers that go with it."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how errors with these statuses look, for the description of the interface."""
+    return {status: {"model": ErrorBody, "description": _type_of(status)} for status in statuses}
 
 
 def _type_of(status: int) -> str:

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...models.prompts import VideoAnswer
-from ...operators.errors import SettingsError
-from ..durations import format_moment, parse_since
+from ..result_feed import ResultFeed
 from ..settings import ServeSettings
-from ..table_reader import RowFilter, TableReader
 from ..token_source import TokenSource
 from .access import Admission, check_host, check_key
 from .answering import Answerer, VideoUse
 from .api_errors import ApiError
 from .chat_request import ChatRequest, bad_request, read_chat_request
+from .events import NO_BUFFER, EventSource, event_routes, prepend
+from .streams import stream_routes
 
 logger = logging.getLogger(__name__)
 
 MODEL_ALIAS = "stormline"  # whatever model is there, so that a client need not know its name
-MAX_CAPTIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -65,29 +61,6 @@ def build_app(backend: Backend) -> FastAPI:
         await _check_model(name, backend)
         return _model(name, started_s)
 
-    @app.get("/v1/streams")
-    async def list_streams() -> dict[str, Any]:
-        """List the streams that have video to ask about."""
-        spans = await backend.source.streams()
-        data = [
-            {
-                "id": name,
-                "object": "stream",
-                "first_time": format_moment(span.start_ns),
-                "last_time": format_moment(span.end_ns),
-                "chunks": span.n_chunks,
-            }
-            for name, span in spans.items()
-        ]
-        return {"object": "list", "data": data}
-
-    @app.get("/v1/streams/{stream_id:path}/captions")
-    async def list_captions(
-        stream_id: str, since: str | None = None, limit: int = Query(100, ge=1, le=MAX_CAPTIONS)
-    ) -> dict[str, Any]:
-        """List the newest committed captions and alerts of a stream, oldest first; `since` is 10m or a time."""
-        return await asyncio.to_thread(_captions, backend.out, stream_id, since, limit)
-
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         """Answer a question about video; see the README for its form."""
@@ -98,16 +71,16 @@ def build_app(backend: Backend) -> FastAPI:
             return JSONResponse(await completion.whole())
         events = completion.events()
         first = await anext(events)  # what is wrong before the first word is an error with a status of its own
-        return StreamingResponse(_rest(first, events), media_type="text/event-stream", headers=_NO_BUFFER)
+        return StreamingResponse(prepend(first, events), media_type="text/event-stream", headers=NO_BUFFER)
 
+    app.include_router(stream_routes(backend.source, backend.out))
+    events = EventSource(ResultFeed(backend.out), backend.limits.max_listeners)
+    app.include_router(event_routes(events, backend.out))
     app.add_exception_handler(ApiError, _say_api_error)
     app.add_exception_handler(HTTPException, _say_http_error)
     app.add_exception_handler(RequestValidationError, _say_invalid)
     app.add_middleware(Guard, settings=backend.limits)
     return app
-
-
-_NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Guard:
@@ -202,24 +175,6 @@ def _model(name: str, started_s: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": started_s, "owned_by": "stormline"}
 
 
-def _captions(out: Path, stream_id: str, since: str | None, limit: int) -> dict[str, Any]:
-    try:
-        after = None if since is None else parse_since(since, datetime.now(timezone.utc))
-    except ValueError as error:
-        raise bad_request(str(error), "since") from None
-    pattern = re.sub(r"([*?\[])", r"[\1]", stream_id)  # the name itself, whatever is in it
-    try:
-        rows = TableReader(out, "results", RowFilter(stream=pattern, since=after)).newest(limit + 1)
-    except SettingsError:
-        rows = []  # nothing was committed yet
-    data = [{key: _plain(value) for key, value in row.items()} for row in rows[-limit:]]
-    return {"object": "list", "data": data, "has_more": len(rows) > limit}
-
-
-def _plain(value: Any) -> Any:
-    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
-
-
 class _Completion:
     """One question on its way to its answer."""
 
@@ -249,7 +204,7 @@ class _Completion:
             "stormline": _notes(uses),
         }
 
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncGenerator[str]:
         """Yield the answer as server-sent events, the first one when its first piece is there.
 
         Raises:
@@ -286,12 +241,6 @@ _CHUNK = {"object": "chat.completion.chunk"}
 
 def _sse(data: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-async def _rest(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield first
-    async for event in events:
-        yield event
 
 
 def _usage(answer: VideoAnswer) -> dict[str, Any]:

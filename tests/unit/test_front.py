@@ -18,6 +18,7 @@ from stormline.pipeline.front.api_errors import ApiError
 from stormline.pipeline.front.app import Backend, build_app
 from stormline.pipeline.front.stream_urls import StreamRange, make_stream_url, parse_stream_url
 from stormline.pipeline.settings import ServeSettings, load_settings, masked
+from stormline.pipeline.stream_activity import StreamRegister
 from stormline.pipeline.token_files import TokenFiles
 from stormline.pipeline.token_source import TokenSource
 from stormline.pipeline.token_store import TokenMemory
@@ -34,6 +35,7 @@ class MemoryStore:
 
     def __init__(self, streams=("gate", "yard")):
         self.memory = TokenMemory(10**9)
+        self.register = StreamRegister()
         for stream in streams:
             for index in range(60):
                 start_ns = NOON_NS + index * 2 * S_NS
@@ -48,6 +50,12 @@ class MemoryStore:
 
     async def streams(self):
         return self.memory.streams()
+
+    async def activity(self):
+        return self.register.activity()
+
+    async def picture(self, stream_id):
+        return self.register.picture(stream_id)
 
 
 class EchoLlm:
@@ -474,9 +482,13 @@ def test_lists_when_asked_then_models_and_streams(tmp_path):
     assert streams["data"][0] == {
         "id": "gate",
         "object": "stream",
+        "state": "quiet",
         "first_time": "2026-01-31T12:00:00.000Z",
         "last_time": "2026-01-31T12:02:00.000Z",
         "chunks": 60,
+        "lag_s": None,
+        "lag_records": None,
+        "picture_time": None,
     }
 
 
