@@ -26,6 +26,7 @@ from .answering import Answerer, VideoUse
 from .api_errors import ApiError
 from .chat_request import ChatRequest, bad_request, read_chat_request
 from .events import NO_BUFFER, EventSource, event_routes, prepend
+from .page_files import FILES, page_routes
 from .streams import stream_routes
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def build_app(backend: Backend) -> FastAPI:
     app.include_router(stream_routes(backend.source, backend.out))
     events = EventSource(ResultFeed(backend.out), backend.limits.max_listeners)
     app.include_router(event_routes(events, backend.out))
+    app.include_router(page_routes())
     app.add_exception_handler(ApiError, _say_api_error)
     app.add_exception_handler(HTTPException, _say_http_error)
     app.add_exception_handler(RequestValidationError, _say_invalid)
@@ -123,7 +125,8 @@ class Guard:
     def _check(self, request: Request) -> None:
         if not self._settings.keys:
             check_host(request.headers.get("host"))
-        check_key(request.headers.get("authorization"), self._settings.keys)
+        if request.url.path not in FILES:
+            check_key(request.headers.get("authorization"), self._settings.keys)
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._settings.max_body_bytes:
             raise _too_large(self._settings.max_body_bytes)
