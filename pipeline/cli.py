@@ -18,6 +18,7 @@ from .commands.results import results
 from .commands.run import run
 from .commands.serve import serve
 from .commands.train import train
+from .commands.watch import watch
 
 app = typer.Typer(
     name="stormline",
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, results, ask, serve, train):
+for command in (demo, broker, publish, run, results, ask, watch, serve, train):
     app.command()(command)
 app.command("eval")(evaluate_model)
 

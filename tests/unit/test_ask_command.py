@@ -40,11 +40,11 @@ def answer_with(monkeypatch):
     def set_answer(*lines):
         asked = []
 
-        def post(url, body, key):
+        def post(url, body, key, timeout_s):
             asked.append((url, body, key))
             return io.BytesIO(b"".join(lines))
 
-        monkeypatch.setattr(ask_module, "_post", post)
+        monkeypatch.setattr(ask_module, "post_json", post)
         return asked
 
     return set_answer
