@@ -1,0 +1,205 @@
+"""The page in a real browser, over the real service: what a person sees and does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import urllib.request
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from stormline.models.training.shapes import ShapesSpec, ShapesWorld
+from stormline.operators.pictures import make_jpeg
+from stormline.operators.rows import Chunk, LaneNews, Picture, Position, Result
+from stormline.pipeline.parquet_sink import EpochWriter
+from stormline.pipeline.recovery import recover
+from stormline.pipeline.serving import StoreClient
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'stormline[dev]'")
+
+S_NS = 10**9
+IDENTITY = {"model": "m"}
+HOSTILE = "<img src=x onerror=alert(1)>"
+DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+WAIT_MS = 30_000
+SHOTS = os.environ.get("STORMLINE_SCREENSHOTS")  # a folder to keep pictures of the page in
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        own = Path(running.chromium.executable_path)
+        path = own if own.exists() else shutil.which("chromium") or shutil.which("chromium-browser")
+        if path is None:
+            pytest.skip("no Chromium: `playwright install chromium`, or `apt-get install chromium`")
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Streams:
+    """Two streams of a lane that goes on: chunks and pictures in the store, rows in the folder."""
+
+    def __init__(self, root):
+        recovery = recover(root, lanes=1, identity=IDENTITY)
+        self._writer = EpochWriter(recovery.for_lane(0, (("page", 0),)), model="m", identity=IDENTITY)
+        self._now_s = int(time.time()) - 120
+        self._offset = 0
+        self.begin_s = self._now_s
+
+    def go_on(self, seconds, *results):
+        chunks, pictures = [], {}
+        for seed, name in enumerate(("page-gate", HOSTILE)):
+            for start_s in range(self._now_s, self._now_s + seconds, 2):
+                tokens = np.random.default_rng(start_s).normal(size=(16, 192)).astype(np.float16)
+                at_ns = start_s * S_NS
+                chunks.append(Chunk(name, "s", start_s, at_ns, at_ns + 2 * S_NS, 0, 4, 0.5, "page", 0, 0, 0, tokens))
+            image = ShapesWorld(ShapesSpec(seed=seed + 3, size_px=256)).render(float(self._offset))
+            jpeg = make_jpeg(av.VideoFrame.from_ndarray(image, "rgb24"))
+            pictures[name] = Picture((self._now_s + seconds) * S_NS, jpeg)
+        self._offset += 1
+        self._writer.commit(chunks=chunks, results=results, positions=[Position("page", 0, self._offset)], snapshots={})
+        StoreClient()(LaneNews(tuple(chunks), pictures=pictures))
+        self._now_s += seconds
+
+    def result(self, kind, answer, stream="page-gate"):
+        start_ns = (self._now_s - 10) * S_NS
+        return Result("van" if kind == "alert" else "caption", kind, stream, "s", start_ns, start_ns + 10 * S_NS,
+                      "?", answer, kind == "alert", 16, "recent", 1.0, "m", time.time_ns())  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def streams(services):
+    made = Streams(services.out)
+    made.go_on(100, made.result("caption", "an old caption"))
+    return made
+
+
+def open_page(browser, services, size, scheme="light"):
+    page = browser.new_page(viewport=size, color_scheme=scheme, timezone_id="UTC", locale="en-GB")
+    page.set_default_timeout(WAIT_MS)
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("dialog", lambda dialog: page.wrong.append(dialog.message))
+    page.on("request", lambda r: None if r.url.startswith((services.url, "blob:")) else page.wrong.append(r.url))
+    page.goto(services.url)
+    return page
+
+
+def give_key(page, key):
+    page.get_by_label("Key", exact=True).fill(key)
+    page.get_by_role("button", name="Use it").click()
+
+
+def shot(page, name):
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"{name}.png")
+
+
+@pytest.mark.timeout(240)
+def test_page_when_a_person_uses_it_then_everything_comes_without_reloading(browser, services, streams):
+    expect = playwright.expect
+    page = open_page(browser, services, DESKTOP)
+
+    # A key is asked for, again where it is wrong, and kept for this tab alone.
+    give_key(page, "sk-wrong")
+    expect(page.get_by_text("this key is not known here")).to_be_visible(timeout=WAIT_MS)
+    give_key(page, services.key)
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    assert page.evaluate("[sessionStorage.length, localStorage.length]") == [1, 0]
+
+    # Streams appear, a hostile name as text, with their pictures.
+    gate = page.get_by_role("button", name="page-gate")
+    expect(gate.locator("img")).to_be_visible(timeout=WAIT_MS)
+    expect(page.get_by_role("button", name=HOSTILE)).to_be_visible()
+    expect(page.locator("#feed")).to_contain_text("an old caption")
+    expect(page.locator("#connection")).to_have_text("connected")
+
+    # A caption and an alert come by themselves, and the picture changes.
+    picture = gate.locator("img").get_attribute("src")
+    streams.go_on(4, streams.result("caption", f"a van {HOSTILE} comes"), streams.result("alert", "a van is there"))
+    expect(page.locator("#feed li").first).to_contain_text("a van", timeout=WAIT_MS)
+    expect(page.locator("#feed")).to_contain_text(HOSTILE)
+    expect(page.locator("#alerts")).to_contain_text("page-gate: van")
+    expect(page.locator("#feed .is-alert")).to_contain_text("a van is there")
+    expect(gate.locator("img")).not_to_have_attribute("src", picture, timeout=WAIT_MS)
+
+    # A question by keyboard alone; the range is the last ten minutes.
+    gate.click()
+    page.locator("body").press("/")
+    page.keyboard.type("What happened?")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.keyboard.press("Enter")
+    assert url_of(asked.value) == "stream://page-gate?last=600s"
+    answer = page.locator(".answer").first
+    expect(answer.locator(".looked")).to_contain_text("tokens of page-gate", timeout=60_000)
+    assert answer.locator(".text").inner_text()
+    shot(page, "desktop")
+
+    # The range picker changes what is asked: half of the last minute, by dragging, then by the keyboard.
+    page.get_by_role("button", name="1 min").click()
+    track = page.locator("#track").bounding_box()
+    page.mouse.move(track["x"] + track["width"] * 0.25, track["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(track["x"] + track["width"] * 0.75, track["y"] + 20, steps=5)
+    page.mouse.up()
+    expect(page.locator("#range-text")).to_contain_text("(30 s)")
+    page.get_by_label("End of the range").press("ArrowLeft")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Ask", exact=True).click()
+    assert url_of(asked.value).startswith("stream://page-gate?start=20")
+    expect(page.locator(".answer").first.locator(".looked")).to_contain_text("tokens of page-gate", timeout=60_000)
+    assert page.wrong == []
+    page.close()
+
+
+def url_of(request):
+    (video, _) = request.post_data_json["messages"][0]["content"]
+    return video["video_url"]["url"]
+
+
+def test_page_when_on_a_phone_in_the_dark_then_it_fits(browser, services, streams):
+    page = open_page(browser, services, PHONE, "dark")
+    give_key(page, services.key)
+    playwright.expect(page.locator(".stream img").first).to_be_visible(timeout=WAIT_MS)
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 20, 25)"
+    shot(page, "phone")
+    assert page.wrong == []
+    page.close()
+
+
+def test_events_when_a_listener_leaves_and_comes_again_then_it_misses_nothing(services, streams):
+    first = listen(services, {})
+    place = read_until(first, b"\n\n").split(b"id: ")[1].strip().decode()
+    streams.go_on(2, streams.result("caption", "while it listens"))
+    assert "while it listens" in read_until(first, b"while it listens").decode()
+    first.close()
+    streams.go_on(2, streams.result("caption", "while it is away"))
+
+    again = listen(services, {"Last-Event-ID": place})
+    heard = read_until(again, b"while it is away")
+    again.close()
+
+    assert heard.count(b"while it listens") == heard.count(b"while it is away") == 1
+
+
+def listen(services, headers):
+    request = urllib.request.Request(
+        f"{services.url}/v1/events?stream=page-*", headers={"Authorization": f"Bearer {services.key}", **headers}
+    )
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+
+
+def read_until(response, mark):
+    heard = b""
+    while mark not in heard:
+        line = response.readline()
+        assert line, f"the events ended: {heard!r}"
+        heard += line
+    return heard
