@@ -23,8 +23,9 @@ from ..settings import ServeSettings
 from ..token_source import TokenSource
 from .access import Admission, check_host, check_key
 from .answering import Answerer, VideoUse
-from .api_errors import ApiError
+from .api_errors import ApiError, error_answers
 from .chat_request import ChatRequest, bad_request, read_chat_request
+from .description import CHAT_PATH, describe_with
 from .events import NO_BUFFER, EventSource, event_routes, prepend
 from .page_files import FILES, page_routes
 from .streams import stream_routes
@@ -62,7 +63,14 @@ def build_app(backend: Backend) -> FastAPI:
         await _check_model(name, backend)
         return _model(name, started_s)
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        CHAT_PATH,
+        response_class=JSONResponse,
+        responses={
+            200: {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}},
+            **error_answers(400, 404, 413, 415, 429, 503, 504),
+        },
+    )
     async def chat(request: Request) -> Response:
         """Answer a question about video; see the README for its form."""
         asked = read_chat_request(await _json_of(request), backend.limits)
@@ -81,6 +89,7 @@ def build_app(backend: Backend) -> FastAPI:
     app.add_exception_handler(ApiError, _say_api_error)
     app.add_exception_handler(HTTPException, _say_http_error)
     app.add_exception_handler(RequestValidationError, _say_invalid)
+    app.openapi = describe_with(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=backend.limits)
     return app
 

@@ -17,40 +17,52 @@ _MAX_STOPS = 4  # as OpenAI allows
 _INT64 = 2**63
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Something of a request; what it has beyond is passed over."""
+
     model_config = ConfigDict(extra="ignore")
 
 
-class _TextPart(_Part):
+class TextPart(Part):
+    """Text within a message."""
+
     type: Literal["text"]
     text: str
 
 
-class _Url(_Part):
+class VideoUrl(Part):
+    """``stream://cam-1?last=600s`` or ``stream://cam-1?start=TIME&end=TIME``."""
+
     url: str
 
 
-class _VideoPart(_Part):
+class VideoPart(Part):
+    """A range of a stream within a message."""
+
     type: Literal["video_url"]
-    video_url: _Url
+    video_url: VideoUrl
 
 
-class _Message(_Part):
+class ChatMessage(Part):
+    """One turn."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[_TextPart | _VideoPart, Field(discriminator="type")]]
+    content: str | list[Annotated[TextPart | VideoPart, Field(discriminator="type")]]
 
 
-class _StreamOptions(_Part):
+class StreamOptions(Part):
+    """About an answer in pieces."""
+
     include_usage: bool = False
 
 
-class _Body(_Part):
+class ChatBody(Part):
     """The body; what would not change the answer (user, metadata…) may stand there and is passed over."""
 
     model: str | None = None
-    messages: list[_Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
     stream: bool = False
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -111,7 +123,7 @@ def read_chat_request(body: Any, limits: ServeSettings) -> ChatRequest:
         if body.get(name) is not None and body[name] not in neutral:
             raise bad_request(f"{name} is not supported here; leave it out", name, "unsupported_parameter")
     try:
-        asked = _Body.model_validate(body)
+        asked = ChatBody.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(place) for place in first["loc"])
@@ -147,17 +159,17 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
     return ApiError(400, message, code=code, param=param)
 
 
-def _text_of(message: _Message) -> str:
+def _text_of(message: ChatMessage) -> str:
     if isinstance(message.content, str):
         return message.content
-    return "\n".join(part.text for part in message.content if isinstance(part, _TextPart))
+    return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
 
 
-def _ranges_of(messages: Sequence[_Message], limits: ServeSettings) -> tuple[StreamRange, ...]:
+def _ranges_of(messages: Sequence[ChatMessage], limits: ServeSettings) -> tuple[StreamRange, ...]:
     ranges: dict[StreamRange, None] = {}
     for i, message in enumerate(messages):
         for part in message.content if isinstance(message.content, list) else []:
-            if isinstance(part, _VideoPart):
+            if isinstance(part, VideoPart):
                 ranges[_range_of(part, message.role, f"messages.{i}.content", limits)] = None
     if not ranges:
         raise bad_request(
@@ -171,7 +183,7 @@ def _ranges_of(messages: Sequence[_Message], limits: ServeSettings) -> tuple[Str
     return tuple(ranges)
 
 
-def _range_of(part: _VideoPart, role: str, where: str, limits: ServeSettings) -> StreamRange:
+def _range_of(part: VideoPart, role: str, where: str, limits: ServeSettings) -> StreamRange:
     if role != "user":
         raise bad_request(f"a video part in a message of role {role}; expected it in one of role user", where)
     try:
