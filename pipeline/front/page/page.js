@@ -131,7 +131,7 @@ function choose(id, more = false) {
     chosen.add(id);
   }
   for (const card of cards.values()) card.button.setAttribute("aria-pressed", String(chosen.has(card.id)));
-  $("ask-title").textContent = `Ask ${[...chosen].join(", ")}`;
+  $("asked-streams").textContent = [...chosen].join(", ");
   timeline.chosen = null;
   showTime();
   loadMarks();
