@@ -39,7 +39,7 @@ def test_description_when_read_then_it_has_bodies_parameters_and_errors(app):
 
 
 HOST = {"Host": "localhost"}
-EXAMPLES = 25  # of each operation; with 1,000 it was clean, too
+EXAMPLES = 25  # of each operation; with 400 it was clean, too
 
 
 @pytest.fixture(scope="module")
