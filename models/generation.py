@@ -75,7 +75,7 @@ def generate_answers(
     processor: StormProcessor,
     prompts: Sequence[VideoPrompt],
     *,
-    fixed_batch: int = FIXED_BATCH,
+    fixed_batch: int | None = None,
     listeners: Sequence[Callable[[str], None] | None] = (),
 ) -> list[VideoAnswer]:
     """Answer prompts; each answer is the same whichever other prompts are there (see the file's top).
@@ -84,7 +84,8 @@ def generate_answers(
         model: In evaluation mode; on CPU after `use_exact_decoding`, which `load_model` does.
         processor: The model's.
         prompts: Any number, of any lengths and limits.
-        fixed_batch: Rows that are decoded together.
+        fixed_batch: Rows that are decoded together; None for `FIXED_BATCH`, or 1 where a language model's cache has
+            a sliding window or a recurrent state.
         listeners: For each prompt None, or what is called with the next piece of its answer as it grows, in this
             thread. The pieces together are the answer's text: what may yet become a stop text, or a cut character, is
             held back. Nothing for nobody.
@@ -95,7 +96,8 @@ def generate_answers(
     Raises:
         ValueError: If a prompt does not fit the model, before any work; the message counts prompts from 0.
     """
-    if fixed_batch < 1:
+    n_rows = _rows_together(model) if fixed_batch is None else fixed_batch
+    if n_rows < 1:
         raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
     if listeners and len(listeners) != len(prompts):
         raise ValueError(f"{len(listeners)} listeners for {len(prompts)} prompts; expected one for each, or none")
@@ -108,9 +110,9 @@ def generate_answers(
             raise ValueError(f"prompt {i}: {error}") from error
     # Alike with alike: a group runs until its last row is done, and pads to its longest.
     order = sorted(range(len(rows)), key=lambda i: (prompts[i].max_new_tokens, rows[i].built.n_tokens))
-    for start in range(0, len(order), fixed_batch):
-        group = [rows[i] for i in order[start : start + fixed_batch]]
-        for _ in _decode(model, group, fixed_batch):
+    for start in range(0, len(order), n_rows):
+        group = [rows[i] for i in order[start : start + n_rows]]
+        for _ in _decode(model, group, n_rows):
             for row in group:
                 row.tell()
     return [row.answer() for row in rows]
@@ -121,7 +123,7 @@ def stream_answer(
     processor: StormProcessor,
     prompt: VideoPrompt,
     *,
-    fixed_batch: int = FIXED_BATCH,
+    fixed_batch: int | None = None,
 ) -> Iterator[str | VideoAnswer]:
     """Yield an answer's text as it grows, piece by piece, and at last the whole `VideoAnswer`.
 
@@ -131,10 +133,16 @@ def stream_answer(
         ValueError: If the prompt does not fit the model.
     """
     row = _Row(prompt, check_prompt(model, processor, prompt), model, processor)
-    for _ in _decode(model, [row], fixed_batch):
+    for _ in _decode(model, [row], _rows_together(model) if fixed_batch is None else fixed_batch):
         if piece := row.next_piece():
             yield piece
     yield row.answer()
+
+
+def _rows_together(model: StormForConditionalGeneration) -> int:
+    """Return how many answers are decoded together: one by one where caches cannot be joined."""
+    layers = DynamicCache(config=model.language_model.config).layers
+    return FIXED_BATCH if all(type(layer) is DynamicLayer for layer in layers) else 1
 
 
 class _Row:

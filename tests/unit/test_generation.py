@@ -254,5 +254,6 @@ def test_generate_when_the_decoder_slides_its_window_then_answers_one_by_one_or_
     )
 
     assert ours.text == processor.decode(out[0, built.n_tokens :].tolist())
+    assert generate_answers(model, processor, [prompt, prompt]) == [ours, ours]
     with pytest.raises(ValueError, match="expected fixed_batch=1"):
-        generate_answers(model, processor, [prompt, prompt])
+        generate_answers(model, processor, [prompt, prompt], fixed_batch=2)
