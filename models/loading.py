@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, SiglipVisionConfig
+from transformers.utils.import_utils import is_accelerate_available
 
 from .generation import use_exact_decoding
 from .processing import StormProcessor
@@ -20,6 +21,7 @@ from .temporal import TemporalBlock, TemporalConfig
 from .tokenizer import BOS, END, PAD, VIDEO, build_tokenizer, sample_corpus
 
 DEFAULT_FOLDER = Path(__file__).parent / "checkpoints" / "shapes-tiny"
+SHARD_SIZE = "4GB"  # of a file of weights, so that a large model is read in pieces
 WHOLE_BYTES = 1 << 22  # a tensor up to 4 MiB goes into the fingerprint whole
 SAMPLE_BYTES, N_SAMPLES = 1 << 12, 256  # of a larger one: 256 evenly spaced pieces of 4 KiB, so that 7B takes seconds
 
@@ -61,8 +63,12 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
             nn.Module.to(model, dtype=kind)
     else:
         source, name = _resolve(DEFAULT_FOLDER if path is None else path)
-        model = StormForConditionalGeneration.from_pretrained(source, dtype=kind)
+        # With accelerate, weights go from the file to the device one by one; without, through memory.
+        straight: dict[str, Any] = {"device_map": place} if place.type != "cpu" and is_accelerate_available() else {}
+        model = StormForConditionalGeneration.from_pretrained(source, dtype=kind, **straight)
         processor = StormProcessor.from_pretrained(source)
+        if model.config.imported_config is not None:
+            name = model.config.imported_config.name
     _check_pair(model.config, processor)
     fingerprint = fingerprint_model(model)
     nn.Module.to(model, device=place)
@@ -72,10 +78,14 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
     return LoadedModel(model, processor, name, model.config.trained, fingerprint)
 
 
-def save_model(folder: str | Path, model: StormForConditionalGeneration, processor: StormProcessor) -> None:
+def save_model(
+    folder: str | Path,
+    model: StormForConditionalGeneration,
+    processor: StormProcessor,
+) -> None:
     """Write a folder that `load_model` reads: weights as safetensors, configuration, tokenizer, processor."""
     _check_pair(model.config, processor)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
     processor.save_pretrained(folder)
 
 
@@ -149,17 +159,18 @@ def _without_run_time(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     left_out = ("transformers_version", "_name_or_path", "architectures", "dtype")
-    return {name: _without_run_time(value) for name, value in values.items() if name not in left_out}
+    kept = {name: _without_run_time(value) for name, value in values.items() if name not in left_out}
+    if kept.get("imported", 0) is None:
+        del kept["imported"]  # came later: what was encoded before goes on
+    return kept
 
 
 def _hash_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    if data.nbytes <= WHOLE_BYTES:
-        digest.update(data)
-        return
-    step = (data.nbytes - SAMPLE_BYTES) // (N_SAMPLES - 1)
-    for i in range(N_SAMPLES):
-        digest.update(data[i * step : i * step + SAMPLE_BYTES])
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() > WHOLE_BYTES:  # only the pieces leave the device
+        step = (data.numel() - SAMPLE_BYTES) // (N_SAMPLES - 1)
+        data = torch.cat([data[i * step : i * step + SAMPLE_BYTES] for i in range(N_SAMPLES)])
+    digest.update(data.cpu().numpy().data)
 
 
 def _resolve(path: str | Path) -> tuple[str, str]:

@@ -5,7 +5,10 @@ A prompt for two chunks of three tokens each, as the small tokenizer's chat temp
     <|bos|><|user|>[00:12]VVV[00:14]VVV
     What happens?<|end|><|assistant|>
 
-The model then puts one video token in the place of each V.
+The model then puts one video token in the place of each V. An imported model's prompt is written by its own chat
+template, with its own placeholder and with its marks around the tokens of one frame, or of frames averaged into one:
+
+    [00:12]<img>VVV</img>[00:14]<img>VVV</img>
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from .selection import VideoChunk
 
@@ -87,6 +92,11 @@ class StormProcessor:
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         video_token: str = "<|video|>",
+        frame_prefix: str = "",
+        frame_suffix: str = "",
+        video_suffix: str = "",
+        frame_tokens: int = 0,
+        content_parts: bool = False,
     ):
         """Check that the tokenizer can write prompts.
 
@@ -96,6 +106,11 @@ class StormProcessor:
             image_mean: Of R, G and B, in 0…1.
             image_std: Of R, G and B.
             video_token: The placeholder.
+            frame_prefix: What an imported model wants before the tokens of one frame.
+            frame_suffix: And after them.
+            video_suffix: And after the last token of a video.
+            frame_tokens: Tokens of one (pooled) frame; a chunk with more is written as several frames. 0: any number.
+            content_parts: Whether the chat template wants a message's content as a list of parts.
 
         Raises:
             ValueError: If the tokenizer has no chat template or does not know the placeholder.
@@ -114,6 +129,8 @@ class StormProcessor:
         self.image_size = image_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.video_token, self.video_token_id = video_token, ids[0]
+        self.frame_prefix, self.frame_suffix, self.video_suffix = frame_prefix, frame_suffix, video_suffix
+        self.frame_tokens, self.content_parts = frame_tokens, content_parts
         self._eos_token_id = next(iter(tokenizer.encode(str(tokenizer.eos_token), add_special_tokens=False)))
         self._special_texts = {video_token} | {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -154,19 +171,22 @@ class StormProcessor:
             ValueError: On an unknown role, or where the chat template drops the placeholders.
         """
         chunks = [chunk for chunk in chunks if chunk.n_tokens]
-        video = "".join(format_time(chunk.start_s) + self.video_token for chunk in chunks)
-        content = f"{video}\n{self._plain(text)}" if video else self._plain(text)
-        messages = [*(_message(role, self._plain(turn)) for role, turn in history), _message("user", content)]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = np.asarray(self.tokenizer.encode(str(rendered), add_special_tokens=False), dtype=np.int64)
-        is_video = ids == self.video_token_id
-        if is_video.sum() != len(chunks):
+        frames = [self._split_frames(chunk.n_tokens) for chunk in chunks]  # tokens of each frame, by chunk
+        one = self.frame_prefix + self.video_token + self.frame_suffix
+        video = "".join(
+            format_time(chunk.start_s) + one * len(sizes) for chunk, sizes in zip(chunks, frames, strict=True)
+        )
+        content = f"{video}{self.video_suffix}\n{self._plain(text)}" if video else self._plain(text)
+        turns = [*((role, self._plain(turn)) for role, turn in history), ("user", content)]
+        ids = np.asarray(self._encode([self._message(role, turn) for role, turn in turns]), dtype=np.int64)
+        is_video, n_places = ids == self.video_token_id, sum(len(sizes) for sizes in frames)
+        if is_video.sum() != n_places:
             raise ValueError(
-                f"the chat template's text has {is_video.sum()} video placeholders; expected {len(chunks)}, one per "
-                "chunk. The template changes or drops the user's text"
+                f"the chat template's text has {is_video.sum()} video placeholders; expected {n_places}, one per "
+                "frame or chunk. The template changes or drops the user's text"
             )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[is_video] = [chunk.n_tokens for chunk in chunks]
+        repeats[is_video] = [n for sizes in frames for n in sizes]
         return Prompt(torch.from_numpy(np.repeat(ids, repeats)), _concatenate(chunks))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -185,32 +205,46 @@ class StormProcessor:
             "image_std": list(self.image_std),
             "video_token": self.video_token,
         }
+        marks = ("frame_prefix", "frame_suffix", "video_suffix", "frame_tokens", "content_parts")
+        values |= {name: getattr(self, name) for name in marks if getattr(self, name)}
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> StormProcessor:
-        """Read what `save_pretrained` wrote.
+        """Read what `save_pretrained` wrote: from a folder, or from the hub by an id like ``owner/name``.
 
         Raises:
-            FileNotFoundError: If the folder has no `processor_config.json`.
+            FileNotFoundError: If there is no `processor_config.json`.
         """
-        path = Path(folder) / CONFIG_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; expected a folder that save_pretrained wrote")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        path = cached_file(str(folder), CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            raise FileNotFoundError(f"{folder}/{CONFIG_FILE} is missing; expected a folder that save_pretrained wrote")
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
         values.pop("processor_class", None)
-        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), **values)
+        is_local = Path(folder).is_dir()
+        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=is_local), **values)
+
+    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Return the tokens of a conversation that waits for an answer."""
+        rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        bos = self.tokenizer.bos_token  # a template that leaves it out counts on the tokenizer, as in transformers
+        adds_bos = bos is not None and not rendered.startswith(str(bos))
+        return list(self.tokenizer.encode(rendered, add_special_tokens=adds_bos))
+
+    def _split_frames(self, n_tokens: int) -> list[int]:
+        """Return how many of a chunk's tokens go into each of its frames."""
+        size = self.frame_tokens or n_tokens
+        return [min(size, n_tokens - start) for start in range(0, n_tokens, size)]
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"role is {role!r}; expected system, user or assistant")
+        return {"role": role, "content": [{"type": "text", "text": text}] if self.content_parts else text}
 
     def _plain(self, text: str) -> str:
         for special in self._special_texts:
             text = text.replace(special, f"{special[0]} {special[1:]}")
         return text
-
-
-def _message(role: str, text: str) -> dict[str, str]:
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"role is {role!r}; expected system, user or assistant")
-    return {"role": role, "content": text}
 
 
 def _concatenate(chunks: Sequence[VideoChunk]) -> Tensor:

@@ -3,6 +3,8 @@
     frames ─▶ vision tower ─▶ pixel shuffle + projector ─▶ temporal encoder ─▶ average pooling ─▶ language model
               (SigLIP-like)    (to the LLM's width)        (Mamba-2, stateful)  (time, places)     (any decoder)
 
+Of an imported model the first two are its own, with its own pooling (`imported.FrameEncoder`).
+
 `StormConfig` and `StormForConditionalGeneration` are ordinary transformers classes. The streaming side is
 `init_stream_state`, `encode_chunks` and `encode_clip`; `generation` answers questions over the tokens.
 
@@ -20,12 +22,19 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .compress import spatial_pool, temporal_pool
+from .imported import FrameEncoder
 from .processing import normalise_frames
 from .storm_config import StormConfig
 from .temporal import TemporalBlock, TemporalEncoder, TemporalState
@@ -132,8 +141,12 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: StormConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = StormProjector(config)
+        imported = config.imported_config
+        if imported is None:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            self.multi_modal_projector = StormProjector(config)
+        else:
+            self.frame_encoder = FrameEncoder(config.vision_config, imported)
         self.temporal_encoder = TemporalEncoder(config.temporal_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
@@ -149,6 +162,30 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """Return the language model's."""
         return self.language_model.get_output_embeddings()
+
+    def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
+        """Return the named parameters of a part.
+
+        Args:
+            part: ``vision_tower``, ``multi_modal_projector`` (of an imported model: whatever else its vision side has),
+                ``temporal_encoder`` or ``language_model``.
+
+        Raises:
+            ValueError: If there is no such part.
+        """
+        if part not in ("vision_tower", "multi_modal_projector", "temporal_encoder", "language_model"):
+            raise ValueError(
+                f"part is {part!r}; expected vision_tower, multi_modal_projector, temporal_encoder or language_model"
+            )
+        in_tower = {id(p) for p in self.frame_encoder.tower.parameters()} if self.config.imported else set()
+
+        def part_of(name: str, parameter: nn.Parameter) -> str:
+            first = name.partition(".")[0]
+            if first != "frame_encoder":
+                return first
+            return "vision_tower" if id(parameter) in in_tower else "multi_modal_projector"
+
+        return {name: p for name, p in self.named_parameters() if part_of(name, p) == part}
 
     # ---- streaming ----
 
@@ -239,6 +276,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         video_tokens: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        exact_video: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the language model over text and video.
@@ -252,6 +290,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             labels: (B, n), -100 where no loss is wanted; adds `loss`.
             video_tokens: (N, d_model) or (B, N / B, d_model): all video tokens, in the order of their placeholders.
             pixel_values: (B', T, 3, H, W) in place of `video_tokens`: clips to encode, with gradients.
+            exact_video: Do not round video tokens to float16: to compare with another implementation.
             **kwargs: For the language model (`logits_to_keep`, `use_cache` …).
 
         Raises:
@@ -262,7 +301,11 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
                 raise ValueError("got both video_tokens and pixel_values; expected one of them")
             video_tokens = self.encode_video(pixel_values)
         if inputs_embeds is None and input_ids is not None:
-            inputs_embeds = self.embed_inputs(input_ids, video_tokens)
+            inputs_embeds = self.embed_inputs(input_ids, video_tokens, exact=exact_video)
+            if video_tokens is not None:
+                attention_mask = self._attend_to_frames(
+                    input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+                )
         elif video_tokens is not None:
             raise ValueError(
                 "got video tokens with inputs_embeds; expected input_ids, whose placeholders say where they go"
@@ -276,8 +319,13 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def embed_inputs(self, input_ids: Tensor, video_tokens: Tensor | None = None) -> Tensor:
+    def embed_inputs(self, input_ids: Tensor, video_tokens: Tensor | None = None, *, exact: bool = False) -> Tensor:
         """Return the language model's inputs (B, n, d_model), video tokens in the places of their placeholders.
+
+        Args:
+            input_ids: (B, n).
+            video_tokens: As for `forward`.
+            exact: Do not round them to float16.
 
         Raises:
             ValueError: If the number of video tokens is not that of the placeholders.
@@ -289,7 +337,11 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         if video_tokens is None or n_given == 0:
             return embeds
-        rounded = _RoundToHalf.apply(video_tokens).reshape(n_given, -1)
+        imported = self.config.imported_config
+        if imported is not None and imported.newline_token_id is not None:
+            ends_video = input_ids == imported.newline_token_id
+            embeds = torch.where(ends_video[..., None], self.frame_encoder.newline.to(embeds.dtype), embeds)
+        rounded = (video_tokens if exact else _RoundToHalf.apply(video_tokens)).reshape(n_given, -1)
         return embeds.masked_scatter(is_video[..., None], rounded.to(embeds.device, embeds.dtype))
 
     @torch.inference_mode()
@@ -321,6 +373,26 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
 
     # ---- parts ----
 
+    def _attend_to_frames(
+        self, input_ids: Tensor, inputs_embeds: Tensor, attention_mask: Any, position_ids: Any, past_key_values: Any
+    ) -> Any:
+        """Return the masks of a source whose tokens of one frame look at each other, as the source itself makes them.
+
+        Every run of placeholders counts as one frame; the prompt's marks keep them apart.
+        """
+        imported = self.config.imported_config
+        if imported is None or not imported.bidirectional_video or isinstance(attention_mask, dict):
+            return attention_mask
+        source: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config.vision_config)]
+        return source.create_masks_for_generate(
+            self.language_model.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            token_type_ids=(input_ids == self.config.video_token_id).long(),
+        )
+
     def _check_frames(self, frames: Tensor) -> Tensor:
         size = self.config.image_size
         if (
@@ -342,10 +414,13 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
 
     def _pixels(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.device, non_blocking=True)  # as bytes: a quarter of what the floats would be
-        return normalise_frames(frames, self.config.image_mean, self.config.image_std, self.vision_tower.dtype)
+        dtype = self.frame_encoder.model.dtype if self.config.imported else self.vision_tower.dtype
+        return normalise_frames(frames, self.config.image_mean, self.config.image_std, dtype)
 
     def _features(self, pixel_values: Tensor) -> Tensor:
-        """Return the tower's patches: (B, T, 3, H, W) → (B, T, rows, cols, f)."""
+        """Return the tower's patches, or an imported model's places: (B, T, 3, H, W) → (B, T, rows, cols, f)."""
+        if self.config.imported:
+            return self.frame_encoder(pixel_values)
         n_streams, grid, layer = pixel_values.shape[0], self.config.patch_grid, self.config.vision_feature_layer
         flat = pixel_values.flatten(0, 1).contiguous()
         out = self.vision_tower(pixel_values=flat, output_hidden_states=layer is not None)
@@ -353,10 +428,14 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         patches = patches[:, patches.shape[1] - grid * grid :]  # without class tokens, which come first
         return rearrange(patches, "(b t) (r c) f -> b t r c f", b=n_streams, r=grid)
 
+    def _project(self, features: Tensor) -> Tensor:
+        """Return places of the language model's width; what an imported vision side gives is projected already."""
+        return features if self.config.imported else self.multi_modal_projector(features)
+
     def _mix_and_pool(self, features: Tensor, state: TemporalState | None) -> tuple[Tensor, TemporalState]:
         """Project, mix over time and pool: (B, T, rows, cols, f) → (B, n_tokens, d_model), on the grid of chunks."""
         config = self.config
-        x = torch.cat([self.multi_modal_projector(part) for part in self._chunks_of(features)], dim=1)
+        x = torch.cat([self._project(part) for part in self._chunks_of(features)], dim=1)
         if config.pool_before_temporal:
             x = spatial_pool(x, config.spatial_pool)
         x, new_state = self.temporal_encoder(x, state, chunk_frames=config.chunk_frames)

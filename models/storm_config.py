@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .imported import ImportedConfig
 from .temporal import TemporalConfig
 
 
@@ -16,7 +18,8 @@ class StormConfig(PreTrainedConfig):
     """Everything that shapes the model.
 
     Args:
-        vision_config: Of a tower that gives one vector per patch, row by row; leading class tokens are dropped.
+        vision_config: Of a tower that gives one vector per patch, row by row; leading class tokens are dropped. Of an
+            imported model: its whole configuration, with hardly a language model (`imported.without_language`).
         text_config: Of a decoder-only language model.
         temporal: `TemporalConfig.to_dict`; None for one block of the language model's width.
         image_size: Side of a frame in pixels; the tower's own.
@@ -32,6 +35,8 @@ class StormConfig(PreTrainedConfig):
         sample_fps: Frames per second that the model was trained at.
         video_token_id: The placeholder that a video token replaces.
         trained: False where answers mean nothing yet; shown to users.
+        imported: `ImportedConfig.to_dict` for the vision side of an imported model, which has its own layers, pooling
+            and projector; `vision_feature_layer`, `downsample` and `projector_hidden_act` then say nothing.
 
     Raises:
         ValueError: On sizes that do not go together.
@@ -59,6 +64,7 @@ class StormConfig(PreTrainedConfig):
     sample_fps: float = 2.0
     video_token_id: int = 3
     trained: bool = True
+    imported: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -78,8 +84,20 @@ class StormConfig(PreTrainedConfig):
         return TemporalConfig.from_dict(self.temporal)
 
     @property
+    def imported_config(self) -> ImportedConfig | None:
+        """Return what is said of an imported vision side; None for a tower of our own."""
+        return None if self.imported is None else ImportedConfig.from_dict(self.imported)
+
+    @property
+    def feature_dim(self) -> int:
+        """Return the width of what the vision side gives: the tower's, or of an imported one the language model's."""
+        return self.vision_config.hidden_size if self.imported is None else self.d_model
+
+    @property
     def patch_grid(self) -> int:
-        """Return how many patches a frame has along one side."""
+        """Return how many patches a frame has along one side; of an imported model, places after its own pooling."""
+        if self.imported_config is not None:
+            return self.imported_config.grid
         return self.image_size // self.vision_config.patch_size
 
     @property
@@ -94,7 +112,8 @@ class StormConfig(PreTrainedConfig):
         return -(-n_frames // self.temporal_pool) * grid * grid
 
     def _check_sizes(self) -> None:
-        tower_size = getattr(self.vision_config, "image_size", self.image_size)
+        tower = self.vision_config if self.imported is None else self.vision_config.vision_config
+        tower_size = frame_side_px(getattr(tower, "image_size", self.image_size))
         if tower_size != self.image_size:
             raise ValueError(f"image_size is {self.image_size}; expected the vision tower's {tower_size}")
         for name in ("downsample", "chunk_frames", "temporal_pool", "spatial_pool"):
@@ -106,6 +125,8 @@ class StormConfig(PreTrainedConfig):
             raise ValueError(
                 f"chunk_frames is {self.chunk_frames}; expected a multiple of temporal_pool, {self.temporal_pool}"
             )
+        if self.imported is not None and self.downsample != 1:
+            raise ValueError(f"downsample is {self.downsample}; expected 1 for an imported model, which has its own")
         if self.patch_grid < 1 or self.patch_grid % self.downsample:
             raise ValueError(
                 f"downsample is {self.downsample}; expected a divisor of the patch grid's side, {self.patch_grid}"
@@ -118,6 +139,18 @@ class StormConfig(PreTrainedConfig):
         n_ids = self.get_text_config().vocab_size
         if not 0 <= self.video_token_id < n_ids:
             raise ValueError(f"video_token_id is {self.video_token_id}; expected one of the vocabulary's {n_ids} ids")
+
+
+def frame_side_px(size: int | Sequence[int]) -> int:
+    """Return the side of a square frame that a configuration gives as one number or as two.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"the vision tower's image_size is {size}; expected a square")
+    return int(sides.pop())
 
 
 # So that AutoConfig, AutoTokenizer and whoever uses them understand a checkpoint's folder.
