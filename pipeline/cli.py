@@ -13,6 +13,7 @@ from .commands.ask import ask
 from .commands.broker import broker
 from .commands.demo import demo
 from .commands.eval import evaluate_model
+from .commands.import_model import import_model
 from .commands.publish import publish
 from .commands.results import results
 from .commands.run import run
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (demo, broker, publish, run, results, ask, watch, serve, train):
     app.command()(command)
+app.command("import")(import_model)
 app.command("eval")(evaluate_model)
 
 
