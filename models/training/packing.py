@@ -134,3 +134,23 @@ def _mask(segments: Tensor) -> Tensor:
     looked_at = segments[:, None, :]
     same = (looked_at == segments[:, :, None]) | (looked_at == _VIDEO)
     return (same & back)[:, None]
+
+
+def look_within_frames(mask: Tensor, is_video: Tensor) -> Tensor:
+    """Let each run of video tokens look at all of itself, as imported models do whose frames are no sequence.
+
+    Args:
+        mask: (B, 1, n, n) bool, True where a position may look.
+        is_video: (B, n) bool.
+
+    Returns:
+        As mask.
+    """
+    starts = is_video & ~torch.nn.functional.pad(is_video, (1, 0))[:, :-1]
+    runs = torch.where(is_video, starts.cumsum(1), 0)
+    return mask | ((runs[:, None, :] == runs[:, :, None]) & is_video[:, None, :])[:, None]
+
+
+def look_back_at_most(mask: Tensor, position_ids: Tensor, window: int) -> Tensor:
+    """Return the mask (B, 1, n, n) of layers that see so many positions (B, n) alone, the own one included."""
+    return mask & (position_ids[:, None, :] > position_ids[:, :, None] - window)[:, None]

@@ -77,6 +77,7 @@ class Stage:
         data: A folder, .jsonl or .parquet of real video with text, see `pairs`; nothing: the world of shapes. A clip
             is then a stretch of video as `clip_frames` evenly spaced frames, read whole: `window_chunks`, `worlds` and
             `weights` do not apply.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
         bfloat16: Compute the language model in bfloat16 also on a CPU; on CUDA everything trains so.
     """
 
@@ -101,6 +102,7 @@ class Stage:
     cached_streams: int = 0
     data: str | None = None
     bfloat16: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("train", "window_chunks", "budget_tokens"):

@@ -19,7 +19,7 @@ from ..selection import VideoChunk, select_chunks
 from ..storm import StormForConditionalGeneration
 from .clips import FPS, Clip, label_places, make_clip, seed_of
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
-from .packing import TextBatch, TextPacker, collate
+from .packing import TextBatch, TextPacker, collate, look_back_at_most, look_within_frames
 from .pairs import PairClip, read_pairs, split_pairs
 from .questions import Question, ask
 from .recipe import Recipe, Stage
@@ -75,10 +75,12 @@ class Task:
     def _encode(self, clips: list[Clip], *, bfloat16: bool = False) -> Tensor:
         """Return what the temporal encoder gives, (B, T, rows, cols, d), with gradients for what the stage trains."""
         model = self.model
-        with torch.set_grad_enabled("vision_tower" in self.stage.train), _autocast(model.device, bfloat16):
+        # An imported vision side ends with its projector; its parts that are frozen keep no graph by themselves.
+        seeing = "vision_tower" in self.stage.train or model.config.imported is not None
+        with torch.set_grad_enabled(seeing), _autocast(model.device, bfloat16):
             features = model._features(self._pixels(clips))
         with _autocast(model.device):
-            x = model.multi_modal_projector(features.float())
+            x = model._project(features.float())
             x, _ = model.temporal_encoder(x, chunk_frames=_grid_of_chunks(model))
         return x
 
@@ -88,7 +90,7 @@ class PlacesTask(Task):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.places = PlaceHeads(self.model.config.vision_config.hidden_size, STILL_TARGETS)
+        self.places = PlaceHeads(self.model.config.feature_dim, STILL_TARGETS)
         self.heads = self.places
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
@@ -214,12 +216,24 @@ class TextTask(Task):
         with _autocast(model.device, self.stage.bfloat16):
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=embeds,
-                attention_mask=batch.attention_mask,
+                attention_mask=self._masks(batch),
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state
             logits = model.get_output_embeddings()(hidden[batch.rows, batch.columns])
         return logits.float(), batch.targets
+
+    def _masks(self, batch: TextBatch) -> Any:
+        """Return who may look where, as answers are generated: by kind of layer where some see a window alone."""
+        config, mask = self.model.config, batch.attention_mask
+        if config.imported_config is not None and config.imported_config.bidirectional_video:
+            mask = look_within_frames(mask, batch.input_ids == config.video_token_id)
+        text: Any = config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ())
+        if "sliding_attention" not in kinds or len(kinds) == 1:
+            return mask
+        near = look_back_at_most(mask, batch.position_ids, text.sliding_window)
+        return {"full_attention": mask, "sliding_attention": near}
 
 
 class PairsTask(TextTask):

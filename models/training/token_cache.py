@@ -79,8 +79,8 @@ def encoder_hash(model: StormForConditionalGeneration) -> str:
     """Return hex digits that change with the weights that make tokens."""
     digest = hashlib.sha256()
     for name in ENCODER_PARTS:
-        for key, tensor in sorted(getattr(model, name).state_dict().items()):
-            digest.update(key.encode())
+        for key, tensor in sorted(model.parameters_of(name).items()):
+            digest.update(key.removeprefix(f"{name}.").encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 

@@ -99,7 +99,7 @@ class Trainer:
         """
         self.recipe, self.folder = recipe, Path(folder)
         self._clock, self._save_every_s = clock, save_every_s
-        self.model, self.processor = _start(recipe)
+        self.model, self.processor, self._start_name = _start(recipe)
         place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
         self.device = torch.device(place)
         nn.Module.to(self.model, self.device)
@@ -133,7 +133,10 @@ class Trainer:
     def export(self) -> Path:
         """Write the model as it stands to ``model/``."""
         folder = self.folder / "model"
-        self.model.config.trained = True
+        config = self.model.config
+        config.trained = True
+        if config.imported is not None:  # trained, it is another model than the one imported
+            config.imported = {**config.imported, "name": f"{self._start_name}-{self.recipe.name}"}
         save_model(folder, self.model.float(), self.processor)
         log = self.folder / "log.jsonl"
         if log.is_file():
@@ -181,7 +184,12 @@ class Trainer:
     def _prepare(self, stage: Stage, task: Task) -> Optimizers:
         """Freeze what the stage does not train, and take up the optimisers' memory where there is some."""
         for part in PARTS:
-            getattr(self.model, part).requires_grad_(part in stage.train)
+            for parameter in self.model.parameters_of(part).values():
+                parameter.requires_grad_(part in stage.train)
+        if stage.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
         trained = {f"model/{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
         trained |= {f"heads/{n}": p for n, p in task.heads.named_parameters()}
         optimizers = build_optimizers(trained, stage.optimizer, stage.learning_rate, stage.weight_decay)
@@ -211,7 +219,7 @@ class Trainer:
     # ---- what is kept ----
 
     def _save(self, task: Task | None, optimizers: Optimizers | None) -> None:
-        tensors = {f"model/{k}": v.detach().cpu().clone() for k, v in self.model.named_parameters()}
+        tensors = {f"model/{k}": v.detach().cpu().clone() for k, v in self._kept_parameters().items()}
         if task is not None and optimizers is not None:
             tensors |= {f"heads/{k}": v.detach().cpu().clone() for k, v in task.heads.state_dict().items()}
             tensors |= {k: v.clone() for k, v in optimizers.to_tensors().items()}
@@ -224,6 +232,13 @@ class Trainer:
         }
         save_state(self.folder / "state", tensors, values)
 
+    def _kept_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the state holds: all, or of a large model that was there before what the recipe trains."""
+        if self.recipe.start_from is None:
+            return dict(self.model.named_parameters())
+        parts = {part for stage in self.recipe.stages for part in stage.train}
+        return {name: p for part in sorted(parts) for name, p in self.model.parameters_of(part).items()}
+
     def _restore(self) -> None:
         found = load_state(self.folder / "state")
         if found is None:
@@ -231,7 +246,7 @@ class Trainer:
         tensors, values = found
         self._check_recipe(values["recipe"], values["stage"] + (values["step"] > 0))
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self._kept_parameters().items():
                 parameter.copy_(tensors[f"model/{name}"])
         self._stage_index, self._step = values["stage"], values["step"]
         self._seconds |= {k: v for k, v in values["seconds"].items() if k in self._seconds}
@@ -297,12 +312,13 @@ def learning_rate_at(stage: Stage, step: int) -> float:
     return stage.learning_rate * (FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def _start(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProcessor]:
+def _start(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProcessor, str]:
+    """Return the model to train, its processor and its name."""
     if recipe.start_from is None:
         model, processor = build_model(recipe.model, recipe.seed)
         if recipe.vision_from is not None:
             seeing: Any = load_model(recipe.vision_from, device="cpu", dtype="float32")
             model.vision_tower.load_state_dict(seeing.model.vision_tower.state_dict())
-        return model, processor
+        return model, processor, recipe.name
     loaded: Any = load_model(recipe.start_from, device="cpu", dtype="float32")
-    return loaded.model, loaded.processor
+    return loaded.model, loaded.processor, loaded.name

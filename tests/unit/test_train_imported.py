@@ -1,0 +1,109 @@
+"""Training an imported model: only what should change does, the loss falls, and a stop leaves no trace."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from small_sources import save_source
+
+from stormline.models.importing import import_model
+from stormline.models.loading import load_model
+from stormline.models.training.recipe import recipe_from_dict
+from stormline.models.training.trainer import Trainer
+
+ALIGN = {
+    "name": "align",
+    "task": "text",
+    "train": ["multi_modal_projector", "temporal_encoder"],
+    "steps": 24,
+    "batch": 2,
+    "clip_frames": 8,
+    "window_chunks": [2],
+    "questions": 2,
+    "learning_rate": 2e-2,
+    "warmup_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    save_source("gemma3", folder / "source")
+    import_model(folder / "source", folder / "storm")
+    return folder / "storm"
+
+
+def make_recipe(start, **changes):
+    return recipe_from_dict({"name": "tried", "start_from": str(start), "stages": [ALIGN | changes]})
+
+
+def hashes(model: Any) -> dict[str, str]:
+    """Return a hash of each part's weights."""
+    found = {}
+    for part in ("vision_tower", "multi_modal_projector", "temporal_encoder", "language_model"):
+        digest = hashlib.sha256()
+        for name, parameter in sorted(model.parameters_of(part).items()):
+            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+        found[part] = digest.hexdigest()
+    return found
+
+
+def run(recipe, folder, **more):
+    clock = itertools.count(step=10.0)  # each look at it is ten seconds later: every step reports
+    reports = []
+    result = Trainer(recipe, folder, device="cpu", clock=lambda: next(clock), save_every_s=1e9).run(
+        reports.append, **more
+    )
+    return result, [report.loss for report in reports]
+
+
+def test_trainer_when_it_aligns_an_imported_model_then_loss_falls_and_the_rest_is_untouched(start, tmp_path):
+    before = hashes(load_model(start, device="cpu").model)
+
+    result, losses = run(make_recipe(start), tmp_path / "whole")
+
+    loaded = load_model(result, device="cpu")
+    after = hashes(loaded.model)
+    assert {part for part in before if before[part] != after[part]} == {"multi_modal_projector", "temporal_encoder"}
+    assert losses[-1] < 0.9 * losses[0]  # running means
+    assert loaded.name == "source-tried"
+
+
+def test_trainer_when_stopped_then_the_same_model_and_only_what_trains_is_kept(start, tmp_path):
+    recipe = make_recipe(start, steps=3, gradient_checkpointing=True)
+    whole, _ = run(make_recipe(start, steps=3), tmp_path / "whole")
+
+    stopped, _ = run(recipe, tmp_path / "pieces", should_stop=lambda: True)
+    kept = sum(path.stat().st_size for path in (tmp_path / "pieces" / "state").glob("*.safetensors"))
+    steps = itertools.count()
+    run(recipe, tmp_path / "pieces", should_stop=lambda: next(steps) == 1)
+    pieces, _ = run(recipe, tmp_path / "pieces")
+
+    assert stopped is None
+    assert hashes(load_model(pieces, device="cpu").model) == hashes(load_model(whole, device="cpu").model)
+    trained = [p for part in ALIGN["train"] for p in load_model(start, device="cpu").model.parameters_of(part).values()]
+    assert kept < 1.5 * 3 * sum(p.nbytes for p in trained) + 50_000  # weights and two moments
+
+
+def test_trainer_when_video_is_bidirectional_then_it_learns_on_the_logits_that_answers_come_from(start):
+    from stormline.models.training.tasks import build_task
+
+    trainer = Trainer(make_recipe(start), start.parent / "unused", device="cpu")
+    trainer.model.eval()
+    task: Any = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
+    batch, tokens = task.draw(0)
+
+    with torch.inference_mode():
+        packed, wanted = task._predict(batch, tokens)
+        row = batch.texts == 0
+        first = int((batch.input_ids[0] == trainer.model.config.video_token_id).sum())
+        in_first = batch.columns[row]
+        ids = batch.input_ids[0, : int(in_first.max()) + 1][None]
+        alone = trainer.model(input_ids=ids, video_tokens=tokens[:first]).logits[0, in_first]
+
+    torch.testing.assert_close(packed[row], alone, atol=1e-4, rtol=1e-4)
+    assert len(wanted) == len(packed)
