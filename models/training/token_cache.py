@@ -81,7 +81,7 @@ def encoder_hash(model: StormForConditionalGeneration) -> str:
     for name in ENCODER_PARTS:
         for key, tensor in sorted(model.parameters_of(name).items()):
             digest.update(key.removeprefix(f"{name}.").encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

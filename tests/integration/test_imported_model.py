@@ -1,0 +1,69 @@
+"""A small imported model, through the whole of `stormline run` and `stormline ask`."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import openai
+import pyarrow.dataset as ds
+import pytest
+from kafka.admin import KafkaAdminClient, NewTopic
+from ray import serve
+from small_sources import save_source
+from typer.testing import CliRunner
+
+from stormline.models.loading import load_model
+from stormline.pipeline.cli import app
+from stormline.pipeline.publish.publisher import publish_source
+from stormline.pipeline.serving import LLM_APP
+from stormline.pipeline.settings import Settings
+from stormline.pipeline.supervisor import Supervisor
+from stormline.pipeline.video_llm import VideoLLM
+
+RUN_LIMIT_S = 90
+START_NS = 1_700_000_000_000_000_000
+
+
+def deploy_llm(settings: Settings) -> None:
+    """Put another model in the place of the session's; returns when it answers."""
+    llm = VideoLLM.options(ray_actor_options={"num_cpus": 0.5})
+    serve.run(llm.bind(settings.model, settings.llm), name=LLM_APP, route_prefix=None)
+
+
+@pytest.mark.timeout(240)
+def test_imported_model_when_run_and_asked_then_as_any_other(broker, services, make_settings, tmp_path):
+    save_source("internvl", tmp_path / "tiny-internvl")
+    imported = CliRunner().invoke(app, ["import", str(tmp_path / "tiny-internvl"), str(tmp_path / "storm")])
+    assert imported.exit_code == 0, imported.output
+    admin = KafkaAdminClient(bootstrap_servers=broker)
+    admin.create_topics([NewTopic(name="imported", num_partitions=1, replication_factor=1)])
+    admin.close()
+    publish_source("shapes:?seed=5&size=64&fps=8&duration=9", bootstrap=broker, topic="imported", stream_id="shapes",
+                   session="s", speed=0, start_ns=START_NS, segment_s=1.0)  # fmt: skip
+    settings = make_settings("imported", "out", f"model.path={tmp_path / 'storm'}")
+    deploy_llm(settings)
+    try:
+        supervisor = Supervisor(settings)
+        alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
+        alarm.start()
+        supervisor.run(until_idle_s=1.0)
+        alarm.cancel()
+
+        tokens = ds.dataset(settings.output.path / "tokens", format="parquet").to_table().to_pylist()
+        results = ds.dataset(settings.output.path / "results", format="parquet").to_table().to_pylist()
+        config = load_model(tmp_path / "storm", device="cpu").model.config
+        assert {(row["token_count"], row["token_dim"]) for row in tokens} == {(config.n_tokens(4), config.d_model)}
+        assert len(tokens) == 5  # of 18 frames: four chunks and a short one
+        assert np.isfinite([row["tokens"] for row in tokens]).all()
+        assert [row["start_time"] for row in results] == sorted(row["start_time"] for row in results)
+        assert len(results) == 3  # windows of 4 s
+        assert {row["model"] for row in tokens + results} == {"tiny-internvl"}
+
+        asked = ["ask", "shapes", "What moves?", "--last", "10s", "--max-tokens", "6"]
+        answered = CliRunner().invoke(app, [*asked, "--url", services.url, "--key", services.key])
+        assert answered.exit_code == 0, answered.output
+        with openai.OpenAI(base_url=f"{services.url}/v1", api_key=services.key, timeout=60) as client:
+            assert [model.id for model in client.models.list()] == ["tiny-internvl", "stormline"]
+    finally:
+        deploy_llm(make_settings("imported"))
