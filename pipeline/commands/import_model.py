@@ -97,7 +97,9 @@ def _import(source: str, folder: Path, options: ImportOptions) -> None:
     typer.echo(f"reading {source}")
     imported = write(source, folder, options)
     typer.echo(_describe(imported.model))
-    typer.echo(f"model in {folder}; use it with: stormline run --set model.path={folder}")
+    fps = imported.model.config.sample_fps
+    pace = "" if fps == 2 else f" --set sampling.fps={fps:g}"  # 2 is what lanes sample at by themselves
+    typer.echo(f"model in {folder}; use it with: stormline run --set model.path={folder}{pace}")
 
 
 def _describe(model: StormForConditionalGeneration) -> str:
