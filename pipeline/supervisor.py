@@ -29,6 +29,7 @@ MAX_BACKOFF_S = 30.0
 # What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
 # of a CPU are more than it expects on a small machine.
 RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
+PROXY_START_S = 60.0
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 
 
@@ -403,6 +404,8 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     if "ray" not in sys.modules:  # which reads these once
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
+    # Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
     import ray
 
     if ray.is_initialized():

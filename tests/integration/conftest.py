@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from stormline.infra.broker import EmbeddedBroker
+from stormline.pipeline.supervisor import PROXY_START_S
 
 RAY_CPUS = 7  # logical: two lanes and the services
 
@@ -27,6 +29,7 @@ def ray_session() -> Iterator[str]:
     """Yield the address of a local Ray that lives as long as the test session."""
     import ray
 
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
     context = ray.init(
         address="local",
         num_cpus=RAY_CPUS,
