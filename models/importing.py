@@ -28,7 +28,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from .imported import FRAME_CALLS, ImportedConfig, call_source, drop_language, without_language
-from .loading import save_model
+from .loading import resolve_model, save_model
 from .processing import StormProcessor
 from .storm import StormForConditionalGeneration
 from .storm_config import StormConfig, frame_side_px
@@ -115,7 +115,7 @@ def build_imported(source: str | Path, options: ImportOptions) -> Imported:
         ValueError: If the source does not fit; the message says why.
         OSError: If there is no such source, or the hub cannot be reached.
     """
-    source = str(source)
+    source, own_name = resolve_model(source)
     config = AutoConfig.from_pretrained(source)
     check_family(config)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -126,7 +126,7 @@ def build_imported(source: str | Path, options: ImportOptions) -> Imported:
     if head.weight is base.get_input_embeddings().weight:
         whole.config.tie_word_embeddings = True
     probed = probe_frames(base, whole.config)
-    storm_config = make_config(whole.config, probed, frames, options, options.name or source_name(source))
+    storm_config = make_config(whole.config, probed, frames, options, options.name or own_name.rsplit("/", 1)[-1])
     processor = make_processor(whole.config, storm_config, tokenizer, read_chat_template(source, tokenizer))
     model = _assemble(storm_config, whole, base, head)
     return Imported(model, processor)
@@ -351,12 +351,6 @@ def make_processor(
         frame_tokens=config.n_tokens(1) if family.frame_prefix else 0,
         content_parts=wants_parts(tokenizer),
     )
-
-
-def source_name(source: str) -> str:
-    """Return a model's name without its owner or folder."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.is_dir() else source.rsplit("/", 1)[-1]
 
 
 # ---- parts ----

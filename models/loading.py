@@ -62,7 +62,7 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
         if isinstance(kind, torch.dtype):
             nn.Module.to(model, dtype=kind)
     else:
-        source, name = _resolve(DEFAULT_FOLDER if path is None else path)
+        source, name = resolve_model(DEFAULT_FOLDER if path is None else path)
         # With accelerate, weights go from the file to the device one by one; without, through memory.
         straight: dict[str, Any] = {"device_map": place} if place.type != "cpu" and is_accelerate_available() else {}
         model = StormForConditionalGeneration.from_pretrained(source, dtype=kind, **straight)
@@ -173,12 +173,16 @@ def _hash_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
     digest.update(data.cpu().numpy().data)
 
 
-def _resolve(path: str | Path) -> tuple[str, str]:
-    """Return where to load from, and the model's name."""
+def resolve_model(path: str | Path) -> tuple[str, str]:
+    """Return where to load from, and the model's name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and the name is no hub id.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no config.json; expected a model folder that save_model wrote")
+            raise FileNotFoundError(f"{folder} has no config.json; expected a model's folder")
         return str(folder), folder.resolve().name
     parts = str(path).split("/")
     if len(parts) == 2 and all(parts) and not str(path).startswith((".", "~")):

@@ -120,12 +120,12 @@ def _show_plan(source: str, options: ImportOptions) -> None:
     from rich.console import Console
     from transformers import AutoConfig
 
-    from ...models.importing import source_name
+    from ...models.loading import resolve_model
     from ...models.sizing import plan_import
 
-    Console(highlight=False).print(
-        _plan_table(plan_import(AutoConfig.from_pretrained(source), options.name or source_name(source), options))
-    )
+    place, own_name = resolve_model(source)
+    plan = plan_import(AutoConfig.from_pretrained(place), options.name or own_name, options)
+    Console(highlight=False).print(_plan_table(plan))
 
 
 def _plan_table(plan: SizePlan) -> object:

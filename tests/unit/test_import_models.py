@@ -178,6 +178,8 @@ def test_import_when_the_model_does_not_fit_then_says_why(sources, tmp_path):
         check_family(qwen_vl)
     with pytest.raises(ValueError, match="'llama', which transformers does not know as image-text model"):
         check_family(llama())
+    with pytest.raises(FileNotFoundError, match="is no folder here; expected one, or a hub id"):
+        import_model(tmp_path / "nowhere", tmp_path / "out")
     _, folder = sources("llava_next_video")
     for name, message in (
         ("preprocessor_config.json", "has no image_mean and image_std"),
