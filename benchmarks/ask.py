@@ -1,0 +1,171 @@
+"""Asking: what a stream's length costs, and what asking together gains.
+
+    python benchmarks/ask.py [--rounds 30] [--seconds 20]
+
+Writes two streams of tokens to Parquet, as lanes would: ten hours and one minute. Over the HTTP service, in turns and
+with the same budget, it asks about all of each, and takes the time to the first token. Then one questioner asks
+without a pause, and eight do: answers a second, same questions, same number of words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import ray
+
+from stormline.models.loading import DEFAULT_FOLDER
+from stormline.operators.rows import Chunk, Position
+from stormline.pipeline.front.address import base_url
+from stormline.pipeline.front.stream_urls import make_stream_url
+from stormline.pipeline.parquet_sink import EpochWriter
+from stormline.pipeline.recovery import recover
+from stormline.pipeline.settings import Settings, load_settings
+from stormline.pipeline.supervisor import embedded_ray
+
+RESULT = Path(__file__).parent / "results" / "ask.json"
+BEGIN_NS = 1_790_000_000 * 10**9
+CHUNK_NS, CHUNK_TOKENS = 2 * 10**9, 16
+CHUNKS = {"ten hours": 18_000, "one minute": 30}
+CHUNKS_PER_COMMIT = 150  # five minutes in a file
+BUDGET_TOKENS = 256
+WORDS = 24
+QUESTION = "Describe what happens."
+
+
+def write_streams(out: Path, d_model: int) -> None:
+    """Commit both streams' tokens."""
+    identity = {"model": "any"}
+    start = recover(out, lanes=1, identity=identity).for_lane(0, (("video", 0),))
+    writer = EpochWriter(start, model="shapes-tiny", identity=identity)
+    rng = np.random.default_rng(0)
+    offset = 0
+    for stream, n_chunks in CHUNKS.items():
+        for first in range(0, n_chunks, CHUNKS_PER_COMMIT):
+            chunks = []
+            for index in range(first, min(first + CHUNKS_PER_COMMIT, n_chunks)):
+                tokens = rng.normal(size=(CHUNK_TOKENS, d_model)).astype(np.float16)
+                begin_ns = BEGIN_NS + index * CHUNK_NS
+                place = ("video", 0, offset, 0)
+                chunks.append(
+                    Chunk(stream, "s", index, begin_ns, begin_ns + CHUNK_NS, BEGIN_NS, 4, 0.5, *place, tokens)
+                )
+                offset += 1
+            writer.commit(chunks=chunks, results=[], positions=[Position("video", 0, offset)], snapshots={})
+
+
+class Questioner:
+    """Asks over HTTP."""
+
+    def __init__(self, settings: Settings):
+        self._client = openai.OpenAI(base_url=base_url(settings.serve), api_key="none", timeout=120, max_retries=0)
+
+    def first_token_s(self, stream: str) -> float:
+        """Return the time to an answer's first token; reads the answer to its end."""
+        began_s = time.perf_counter()
+        first_s = None
+        for event in self._ask(stream, stream_answer=True):
+            if first_s is None and event.choices and event.choices[0].delta.content:
+                first_s = time.perf_counter() - began_s
+        assert first_s is not None, "an answer without a word"
+        return first_s
+
+    def answer(self, stream: str) -> None:
+        """Wait for a whole answer."""
+        self._ask(stream, stream_answer=False)
+
+    def _ask(self, stream: str, *, stream_answer: bool) -> Any:
+        part: Any = {"type": "video_url", "video_url": {"url": make_stream_url(stream, last="10h")}}
+        return self._client.chat.completions.create(
+            model="stormline",
+            messages=[{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}],
+            max_tokens=WORDS,
+            temperature=0,
+            stream=stream_answer,
+            extra_body={"token_budget": BUDGET_TOKENS},
+        )
+
+
+def answers_per_s(ask: Questioner, n_questioners: int, seconds: float) -> float:
+    """Return how many answers a second so many questioners get together."""
+    until_s = time.monotonic() + seconds
+    counts = [0] * n_questioners
+
+    def go_on(k: int) -> None:
+        while time.monotonic() < until_s:
+            ask.answer("ten hours")
+            counts[k] += 1
+
+    began_s = time.monotonic()
+    threads = [threading.Thread(target=go_on, args=(k,)) for k in range(n_questioners)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.monotonic() - began_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each part of the second measurement")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load_settings(None, [f"output.path={folder}", "serve.enabled=true", f"serve.port={free_port()}"])
+        with embedded_ray(settings, print):
+            from stormline.pipeline.serving import services
+
+            with services(settings):
+                write_streams(
+                    Path(folder), json.loads((DEFAULT_FOLDER / "config.json").read_text())["temporal"]["d_model"]
+                )
+                ask = Questioner(settings)
+                times: dict[str, list[float]] = {stream: [] for stream in CHUNKS}
+                for turn in range(options.rounds + 2):
+                    for stream in CHUNKS:
+                        took_s = ask.first_token_s(stream)
+                        if turn >= 2:  # warmed up
+                            times[stream].append(took_s)
+                medians = {stream: statistics.median(series) for stream, series in times.items()}
+                rates: dict[int, list[float]] = {1: [], 8: []}
+                for _ in range(2):  # in turns: these machines are not quiet
+                    for n, series in rates.items():
+                        series.append(answers_per_s(ask, n, options.seconds / 2))
+        version = ray.__version__
+    one, eight = (statistics.mean(rates[n]) for n in (1, 8))
+    report = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "ray": version,
+        "budget_tokens": BUDGET_TOKENS,
+        "first_token_ms": {stream: round(s * 1e3, 1) for stream, s in medians.items()},
+        "ten_hours_over_one_minute": round(medians["ten hours"] / medians["one minute"], 3),
+        "goal_ten_hours_over_one_minute": 1.2,
+        "answers_per_s": {"one questioner": round(one, 2), "eight questioners": round(eight, 2)},
+        "eight_over_one": round(eight / one, 2),
+        "goal_eight_over_one": 4.0,
+        "load_average": os.getloadavg()[0],
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
