@@ -98,7 +98,7 @@ def choose_chunks(index: ChunkIndex, budget_tokens: int, policy: str) -> np.ndar
     if policy in ("relevant", "changes"):
         return _spaced(n, CANDIDATE_CHUNKS)
     n_local = _n_newest(index, int(budget_tokens * LOCAL_SHARE))
-    return np.concatenate([_spaced(n - n_local, POOLED_CHUNKS), np.arange(n - n_local, n)])
+    return np.concatenate([_spaced_in_time(index.start_ns[: n - n_local], POOLED_CHUNKS), np.arange(n - n_local, n)])
 
 
 def _n_newest(index: ChunkIndex, n_tokens: int) -> int:
@@ -112,3 +112,18 @@ def _spaced(n: int, n_chosen: int) -> np.ndarray:
     if n <= n_chosen:
         return np.arange(n)
     return (np.arange(n_chosen) + 1) * n // n_chosen - 1
+
+
+def _spaced_in_time(start_ns: np.ndarray, n_chosen: int) -> np.ndarray:
+    """Return positions of at most `n_chosen` chunks, the last of each of equal parts of time.
+
+    The parts lie fast on the clock, so that a range which moves with it keeps its choice, and what was read once serves
+    the next question too.
+    """
+    n = len(start_ns)
+    if n <= n_chosen:
+        return np.arange(n)
+    width_ns = 1 << max(0, int(start_ns[-1] - start_ns[0]).bit_length() - n_chosen.bit_length())
+    while len(parts := np.flatnonzero(np.diff(start_ns // width_ns, append=-1))) > n_chosen:
+        width_ns *= 2
+    return parts

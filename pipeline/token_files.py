@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 TABLE = "tokens"
 FILES_AT_ONCE = 256  # of which the index is read in one go
+CACHE_BYTES = 64 << 20  # of chunks that were read of late
 SETTLED_S = 2.0  # a folder's time of change says nothing of a second change in the same tick of the clock
 _INDEX_COLUMNS = ["stream_id", "start_time", "end_time", "token_count", "__filename"]
 _NS_PER_US = 1_000
@@ -62,6 +64,8 @@ class TokenFiles:
         self._forget()
 
     def _forget(self) -> None:
+        self._cached: OrderedDict[tuple[str, int], PastChunk] = OrderedDict()  # the least used first
+        self._cached_bytes = 0
         self._streams: dict[str, _StreamFiles] = {}
         self._folders: dict[str, _Folder] = {}
         self._paths: list[str] = []
@@ -138,7 +142,7 @@ class TokenFiles:
     def read(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
         """Return the chunks that start at these times, in order, with their tokens.
 
-        Opens only files that hold one of them.
+        Opens only files that hold one of them, and none for chunks that were read of late.
 
         Args:
             stream_id: Whose.
@@ -155,23 +159,50 @@ class TokenFiles:
 
     def _read(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
         with self._lock:
+            found = self._take_cached(stream_id, starts_ns)
+            missing = np.array([start for start in starts_ns.tolist() if start not in found], np.int64)
             stream = self._streams.get(stream_id, _StreamFiles())
-            numbers = np.unique(stream.files[np.isin(stream.index.start_ns, starts_ns)])
+            numbers = np.unique(stream.files[np.isin(stream.index.start_ns, missing)])
             paths = [self._paths[number] for number in numbers]
-        if not paths:
-            return []
-        starts = pa.array(np.asarray(starts_ns) // _NS_PER_US, pa.int64()).cast(TOKENS.field("start_time").type)
+        if paths:
+            read = self._read_files(paths, stream_id, missing)
+            found |= {chunk.start_ns: chunk for chunk in read}
+            with self._lock:
+                self._cache(stream_id, read)
+        return [found[start] for start in sorted(found)]
+
+    def _take_cached(self, stream_id: str, starts_ns: np.ndarray) -> dict[int, PastChunk]:
+        found = {}
+        for start in starts_ns.tolist():
+            chunk = self._cached.get((stream_id, start))
+            if chunk is not None:
+                self._cached.move_to_end((stream_id, start))
+                found[start] = chunk
+        return found
+
+    def _cache(self, stream_id: str, chunks: Iterable[PastChunk]) -> None:
+        for chunk in chunks:
+            if (stream_id, chunk.start_ns) not in self._cached:
+                self._cached[stream_id, chunk.start_ns] = chunk
+                self._cached_bytes += chunk.tokens.nbytes
+        while self._cached_bytes > CACHE_BYTES:
+            _, oldest = self._cached.popitem(last=False)
+            self._cached_bytes -= oldest.tokens.nbytes
+
+    def _read_files(self, paths: list[str], stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
+        starts = pa.array(starts_ns // _NS_PER_US, pa.int64()).cast(TOKENS.field("start_time").type)
         wanted = (ds.field("stream_id") == stream_id) & ds.field("start_time").isin(starts)
         columns = ["start_time", "end_time", "token_count", "token_dim", "tokens"]
         rows = ds.dataset(paths, schema=TOKENS, format="parquet").to_table(columns, filter=wanted)
-        return sorted(_chunks(rows), key=lambda chunk: chunk.start_ns)
+        return list(_chunks(rows))
 
 
 def _chunks(rows: pa.Table) -> Iterator[PastChunk]:
     starts, ends = _ns(rows["start_time"]), _ns(rows["end_time"])
     counts, widths = rows["token_count"].to_numpy(), rows["token_dim"].to_numpy()
     for i, tokens in enumerate(rows["tokens"]):
-        values = tokens.values.to_numpy(zero_copy_only=False).reshape(counts[i], widths[i])
+        # A copy: a view would keep the whole file's tokens in memory.
+        values = tokens.values.to_numpy(zero_copy_only=False).reshape(counts[i], widths[i]).copy()
         yield PastChunk(int(starts[i]), int(ends[i]), values)
 
 

@@ -127,6 +127,37 @@ def test_files_when_a_lane_goes_on_writing_then_what_it_commits_is_found(tmp_pat
     assert asyncio.run(source.streams())["gate"].n_chunks == 3
 
 
+def test_files_when_chunks_were_read_of_late_then_their_files_are_not_opened_again(tmp_path, monkeypatch):
+    folder, files = Folder(tmp_path), TokenFiles(tmp_path)
+    for first in range(0, 8, 2):
+        folder.commit(make_chunk(first), make_chunk(first + 1))
+    source = TokenSource(files, MemoryStore())
+    opened = []
+    monkeypatch.setattr(files, "_read_files", lambda paths, *args: opened.append(len(paths)) or real(paths, *args))
+    real = TokenFiles._read_files.__get__(files)
+
+    assert read_all(source, 0, 8) == [0, 1, 2, 3]
+    assert read_all(source, 2, 12) == [1, 2, 3, 4, 5]
+    assert read_all(source, 4, 10) == [2, 3, 4]
+    assert opened == [2, 1]
+
+    monkeypatch.setattr("stormline.pipeline.token_files.CACHE_BYTES", 2 * make_chunk(0).tokens.nbytes)
+    read_all(source, 12, 16)
+    assert len(files._cached) == 2
+    assert read_all(source, 0, 16) == list(range(8))
+
+
+def test_choice_when_the_range_moves_on_then_most_of_it_stays():
+    starts = 10**18 + 2 * 10**9 * np.arange(18_100, dtype=np.int64)
+    index = ChunkIndex(starts, starts + 2 * 10**9, np.full(len(starts), 16, np.int32))
+    now, later = (index.where(np.arange(first, first + 18_000)) for first in (0, 30))
+
+    before, after = (set(i.start_ns[choose_chunks(i, 256, "global_local")].tolist()) for i in (now, later))
+
+    assert POOLED_CHUNKS // 2 <= len(before) <= POOLED_CHUNKS + 8
+    assert len(before & after) >= len(before) - 8 - 4  # but for the newest, which are read in detail
+
+
 def test_files_when_an_epoch_is_not_committed_then_its_rows_do_not_count(tmp_path):
     folder = Folder(tmp_path)
     folder.commit(make_chunk(0))
@@ -145,7 +176,7 @@ def test_files_when_recovery_took_one_away_then_the_rest_is_read(tmp_path):
     folder.commit(make_chunk(0))
     folder.commit(make_chunk(1))
     source = TokenSource(TokenFiles(tmp_path), MemoryStore())
-    assert read_all(source) == [0, 1]
+    assert asyncio.run(source.streams())["gate"].n_chunks == 2
 
     next((tmp_path / "tokens").rglob("*epoch-00000001.parquet")).unlink()
 
@@ -251,7 +282,8 @@ def test_choose_when_the_range_fits_then_all_else_a_bounded_number_with_the_newe
 
     hour, week = (choose_chunks(make_index(n), 400, policy) for n in (1800, 302_400))
 
-    assert len(hour) == len(week) <= 100 + max(POOLED_CHUNKS, CANDIDATE_CHUNKS)
+    assert max(len(hour), len(week)) <= 100 + max(POOLED_CHUNKS, CANDIDATE_CHUNKS)
+    assert len(week) >= len(hour) / 2
     assert week[-1] == 302_399
     assert len(set(week.tolist())) == len(week)
 
