@@ -1,72 +1,87 @@
 """The annotate step: standing queries over each stream's tokens, answered by the LLM.
 
-State is only what a query still needs: the chunks of its open window. It advances in strict row order; the answers
-are waited for outside that order, so that captions of many streams are asked for together, while the rows leave in
-order with the answers that they led to.
+State is what the queries still need: the chunks of their open windows, and which alerts hold. The windows advance in
+strict row order; the answers are waited for outside that order, so that those of many streams are asked for together,
+while the rows leave in order with the results that they led to. Whether an alert is a new occurrence needs the
+answers before it: each judgement waits for the one before it on the same stream, and a barrier for those before it.
+
+Queries may be changed while it runs. A change is taken up as a barrier passes, and counts from the next window on:
+each open window is kept, also in the snapshot, with the definition that it began with. So every committed row follows
+from one definition, the one that was in force when the row's window began in the run that committed it; what a crash
+undoes is asked again as the queries are then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ..models.prompts import VideoAnswer, VideoPrompt
 from ..models.selection import VideoChunk, select_chunks
+from .errors import StormlineError
 from .ordering import Turnstile
+from .queries import StandingQuery, by_id
 from .rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Result, Row, block_of, rows_of
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 from .windows import OpenWindow, add_chunk, close_session
 
+logger = logging.getLogger(__name__)
+
 STEP_NAME = "annotate"
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2
 
 Ask = Callable[[VideoPrompt], Awaitable[VideoAnswer]]
-
-
-class StandingQuery(Protocol):
-    """What a standing query says; `pipeline.settings.CaptionQuery` is one."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def streams(self) -> str: ...  # noqa: D102
-    @property
-    def prompt(self) -> str: ...  # noqa: D102
-    @property
-    def window_s(self) -> float: ...  # noqa: D102
-    @property
-    def token_budget(self) -> int: ...  # noqa: D102
-    @property
-    def token_policy(self) -> str: ...  # noqa: D102
-    @property
-    def max_new_tokens(self) -> int: ...  # noqa: D102
+ReadQueries = Callable[[], Sequence[StandingQuery]]
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A closed window that waits for its answer."""
+class _Judged:
+    """What became of one closed window of an alert."""
 
-    query: StandingQuery
-    window: OpenWindow
+    holds: StandingQuery | None  # the definition under which the alert holds after it; None: it does not
+    result: Result | None  # a row where it began or ceased to hold
+
+
+_Verdict = _Judged | Awaitable[_Judged]
+
+
+@dataclass
+class _Stream:
+    """What is kept of one stream."""
+
+    windows: dict[str, OpenWindow] = field(default_factory=dict)  # by query
+    alerts: dict[str, _Verdict] = field(default_factory=dict)  # by query, of its newest window
+
+    def copy(self) -> _Stream:
+        return _Stream(dict(self.windows), dict(self.alerts))
+
+    def forget(self, query_ids: set[str]) -> None:
+        self.windows = {name: window for name, window in self.windows.items() if name not in query_ids}
+        self.alerts = {name: judged for name, judged in self.alerts.items() if name not in query_ids}
+
+    @property
+    def empty(self) -> bool:
+        return not self.windows and not self.alerts
+
+
+_Streams = dict[tuple[str, int], dict[str, _Stream]]  # by partition, then stream
 
 
 class Annotate:
     """Answer standing queries; a Ray Data step over one-row blocks, one actor a lane, many calls at once.
 
     Takes `EncodedSegment` and `Barrier` rows, gives `AnnotatedSegment` and `Barrier` rows with the same
-    `lane_seq`. A failed answer raises and fails the lane: a caption is never left out silently.
+    `lane_seq`. A failed answer raises and fails the lane: a result is never left out silently.
 
     Args:
-        queries: The standing queries.
+        read_queries: Gives the standing queries of the moment; called here, and as each barrier passes. Where it fails
+            later on, those that were in force stay.
         ask: Gives the LLM's answer to one prompt; raises when there is none.
         model_name: Written into the results.
         snapshots: This step's states to go on from, by partition.
@@ -74,19 +89,17 @@ class Annotate:
 
     def __init__(
         self,
-        queries: Sequence[StandingQuery],
+        read_queries: ReadQueries,
         ask: Ask,
         model_name: str,
         snapshots: Mapping[tuple[str, int], bytes] | None = None,
     ):
-        self._queries = list(queries)
+        self._read_queries = read_queries
+        self._queries = by_id(read_queries())
         self._ask = ask
         self._model_name = model_name
         self._turnstile = Turnstile()
-        # By partition, then stream, then query.
-        self._open: dict[tuple[str, int], dict[str, dict[str, OpenWindow]]] = {
-            partition: _restore(blob) for partition, blob in (snapshots or {}).items()
-        }
+        self._streams: _Streams = {partition: _unpack(blob) for partition, blob in (snapshots or {}).items()}
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
         """Handle the rows of one block, asking about all of them at once."""
@@ -95,39 +108,70 @@ class Annotate:
     async def _handle(self, row: Row) -> Row:
         async with self._turnstile.turn(row.lane_seq):
             if row.kind == Barrier.KIND:
-                barrier = Barrier.from_row(row).with_snapshots(STEP_NAME, self.snapshot())
-                return barrier.to_row(row.lane_seq)
-            encoded = EncodedSegment.from_row(row)
-            questions = self.advance(encoded)
-        results = await asyncio.gather(*(self._answer(q) for q in questions))
-        return AnnotatedSegment(encoded, tuple(results)).to_row(row.lane_seq)
+                self._take_up_changes()
+                streams = {key: {name: s.copy() for name, s in held.items()} for key, held in self._streams.items()}
+            else:
+                encoded = EncodedSegment.from_row(row)
+                pending = self.advance(encoded)
+        if row.kind == Barrier.KIND:
+            return Barrier.from_row(row).with_snapshots(STEP_NAME, await _pack(streams)).to_row(row.lane_seq)
+        results = await asyncio.gather(*pending)
+        return AnnotatedSegment(encoded, tuple(r for r in results if r is not None)).to_row(row.lane_seq)
 
-    def advance(self, encoded: EncodedSegment) -> list[_Question]:
-        """Take one record's chunks into the open windows; return the windows that they closed."""
+    def advance(self, encoded: EncodedSegment) -> list[Awaitable[Result | None]]:
+        """Take one record's chunks into the open windows; return what will come of the windows that they closed."""
         meta = encoded.meta
-        streams = self._open.setdefault((meta.topic, meta.partition), {})
-        windows = streams.setdefault(meta.stream_id, {})
-        questions: list[_Question] = []
-        for query in self._queries:
-            if not fnmatchcase(meta.stream_id, query.streams):
-                continue
-            window = windows.pop(query.id, None)
-            for session, chunks in _by_session(encoded):
-                for chunk in chunks:
-                    window, closed = add_chunk(window, _owned(chunk), round(query.window_s * 1e9))
-                    questions += [_Question(query, closed)] if closed else []
-                if session in encoded.closed_sessions:
-                    window, closed = close_session(window, session)
-                    questions += [_Question(query, closed)] if closed else []
-            if window is not None:
-                windows[query.id] = window
-        if not windows:
+        streams = self._streams.setdefault((meta.topic, meta.partition), {})
+        stream = streams.setdefault(meta.stream_id, _Stream())
+        queries = {query_id: query for query_id, query in self._queries.items() if query.watches(meta.stream_id)}
+        pending: list[Awaitable[Result | None]] = []
+        for session, chunks in _by_session(encoded):
+            for chunk in chunks:
+                stream.windows, closed = add_chunk(stream.windows, _owned(chunk), queries)
+                pending += [self._ask_about(window, stream) for window in closed]
+            if session in encoded.closed_sessions:
+                stream.windows, closed = close_session(stream.windows, session)
+                pending += [self._ask_about(window, stream) for window in closed]
+                stream.alerts = {}  # what holds at a session's end is told once more if the next one begins with it
+        if stream.empty:
             del streams[meta.stream_id]
-        return questions
+        return pending
 
-    async def _answer(self, question: _Question) -> Result:
-        query, window = question.query, question.window
-        origin_ns = window.chunks[0].session_start_ns + window.window_index * round(query.window_s * 1e9)
+    def _take_up_changes(self) -> None:
+        try:
+            queries = by_id(self._read_queries())
+        except StormlineError as error:
+            logger.warning("queries_not_read kept=%d error=%s", len(self._queries), error)
+            return
+        removed = self._queries.keys() - queries.keys()
+        self._queries = queries
+        if removed:
+            for streams in self._streams.values():
+                for stream in streams.values():
+                    stream.forget(removed)
+
+    def _ask_about(self, window: OpenWindow, stream: _Stream) -> Awaitable[Result | None]:
+        if window.query.kind != "alert":
+            return asyncio.ensure_future(self._answer(window))
+        before = stream.alerts.get(window.query.id)
+        judged = asyncio.ensure_future(self._judge(window, before))
+        stream.alerts[window.query.id] = judged
+        return _result_of(judged)
+
+    async def _judge(self, window: OpenWindow, before: _Verdict | None) -> _Judged:
+        """Have the LLM look at an alert's window; a row where it begins to hold, and where it no longer does."""
+        query = window.query
+        assert query.condition is not None
+        answer = await self._answer(window)
+        held = None if before is None else (await _known(before)).holds
+        held = held if held is not None and query.asks_as(held) else None
+        if query.condition.holds(answer.answer):
+            return _Judged(query, replace(answer, alert=True) if held is None else None)
+        return _Judged(None, answer if held is not None else None)
+
+    async def _answer(self, window: OpenWindow) -> Result:
+        query = window.query
+        origin_ns = window.chunks[0].session_start_ns + window.window_index * query.window_ns
         chunks = [
             VideoChunk(start_s=(c.start_ns - origin_ns) / 1e9, end_s=(c.end_ns - origin_ns) / 1e9, tokens=c.tokens)
             for c in window.chunks
@@ -154,14 +198,13 @@ class Annotate:
             emitted_ns=time.time_ns(),
         )
 
-    def snapshot(self) -> dict[tuple[str, int], bytes]:
-        """Return the open windows after the last row, by partition."""
-        return {
-            partition: pack_snapshot(
-                STEP_NAME, SNAPSHOT_VERSION, {name: _pack_windows(windows) for name, windows in streams.items()}
-            )
-            for partition, streams in self._open.items()
-        }
+
+async def _known(verdict: _Verdict) -> _Judged:
+    return verdict if isinstance(verdict, _Judged) else await verdict
+
+
+async def _result_of(verdict: _Verdict) -> Result | None:
+    return (await _known(verdict)).result
 
 
 def _by_session(encoded: EncodedSegment) -> list[tuple[str, list[Chunk]]]:
@@ -179,27 +222,53 @@ def _owned(chunk: Chunk) -> Chunk:
     return replace(chunk, tokens=chunk.tokens.copy())
 
 
-def _pack_windows(windows: Mapping[str, OpenWindow]) -> StreamSnapshot:
-    headers: list[dict[str, Any]] = []
-    arrays: dict[str, np.ndarray] = {}
-    for n, (query_id, window) in enumerate(sorted(windows.items())):
-        chunks = [{k: v for k, v in vars(c).items() if k != "tokens"} for c in window.chunks]
-        headers.append(
-            {"query": query_id, "session": window.session, "window_index": window.window_index, "chunks": chunks}
-        )
-        arrays |= {f"{n}/{i}": c.tokens for i, c in enumerate(window.chunks)}
-    return StreamSnapshot({"windows": headers}, arrays)
+async def _pack(partitions: _Streams) -> dict[tuple[str, int], bytes]:
+    """Return the states as they were when their barrier passed, once the answers before it are there."""
+    packed = {}
+    for partition, streams in partitions.items():
+        snapshots = {name: await _pack_stream(stream) for name, stream in streams.items()}
+        packed[partition] = pack_snapshot(STEP_NAME, SNAPSHOT_VERSION, snapshots)
+    return packed
 
 
-def _restore(blob: bytes) -> dict[str, dict[str, OpenWindow]]:
-    streams: dict[str, dict[str, OpenWindow]] = {}
-    for stream_id, (header, arrays) in unpack_snapshot(STEP_NAME, SNAPSHOT_VERSION, blob).items():
-        streams[stream_id] = {
-            w["query"]: OpenWindow(
-                w["session"],
-                w["window_index"],
-                tuple(Chunk(**c, tokens=arrays[f"{n}/{i}"]) for i, c in enumerate(w["chunks"])),
-            )
-            for n, w in enumerate(header["windows"])
-        }
-    return streams
+async def _pack_stream(stream: _Stream) -> StreamSnapshot:
+    # Windows of several queries share their chunks; each is written once.
+    chunks = {(c.session, c.chunk_index): c for window in stream.windows.values() for c in window.chunks}
+    place = {key: i for i, key in enumerate(chunks)}
+    header: dict[str, Any] = {
+        "chunks": [{k: v for k, v in vars(c).items() if k != "tokens"} for c in chunks.values()],
+        "windows": [
+            {
+                "query": window.query.model_dump(mode="json"),
+                "session": window.session,
+                "window_index": window.window_index,
+                "joined": window.joined,
+                "chunks": [place[c.session, c.chunk_index] for c in window.chunks],
+            }
+            for window in stream.windows.values()
+        ],
+        "alerts": [
+            judged.holds.model_dump(mode="json")
+            for judged in [await _known(verdict) for verdict in stream.alerts.values()]
+            if judged.holds is not None
+        ],
+    }
+    return StreamSnapshot(header, {str(i): c.tokens for i, c in enumerate(chunks.values())})
+
+
+def _unpack(blob: bytes) -> dict[str, _Stream]:
+    return {name: _unpack_stream(s) for name, s in unpack_snapshot(STEP_NAME, SNAPSHOT_VERSION, blob).items()}
+
+
+def _unpack_stream(snapshot: StreamSnapshot) -> _Stream:
+    header, arrays = snapshot
+    chunks = [Chunk(**c, tokens=arrays[str(i)]) for i, c in enumerate(header["chunks"])]
+    stream = _Stream()
+    for w in header["windows"]:
+        query = StandingQuery.model_validate(w["query"])
+        mine = tuple(chunks[i] for i in w["chunks"])
+        stream.windows[query.id] = OpenWindow(query, w["session"], w["window_index"], mine, w["joined"])
+    for definition in header["alerts"]:
+        query = StandingQuery.model_validate(definition)
+        stream.alerts[query.id] = _Judged(query, None)
+    return stream

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -132,7 +133,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "snapshots": snapshots_of(encode_step.STEP_NAME),
     }
     annotate = {
-        "queries": settings.queries,
+        "read_queries": partial(list, settings.queries),
         "ask": LlmClient(settings.llm.timeout_s),
         "model_name": plan.model_name,
         "snapshots": snapshots_of(annotate_step.STEP_NAME),

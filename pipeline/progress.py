@@ -61,9 +61,13 @@ class PlainProgress:
 
 
 def caption_line(result: Result) -> str:
-    """Return one caption as a line of rich markup: stream, window, text."""
+    """Return one caption or alert as a line of rich markup: stream, window, text."""
     start, end = clock_time(result.start_ns), clock_time(result.end_ns)
-    return f"[bold cyan]{escape(result.stream_id)}[/] [dim]{start}–{end}[/] {escape(result.answer)}"
+    text = escape(result.answer)
+    if result.kind == "alert":
+        mark = "[bold red]ALERT[/]" if result.alert else "[green]over[/]"
+        text = f"{mark} {escape(result.query_id)}: {escape(result.prompt)} {text}"
+    return f"[bold cyan]{escape(result.stream_id)}[/] [dim]{start}–{end}[/] {text}"
 
 
 def clock_time(time_ns: int) -> str:
@@ -93,7 +97,7 @@ def summary_table(status: RunStatus, path: Path) -> Table:
         ("segments", f"{status.segments:,} ({status.duplicates:,} repeated ones dropped)"),
         ("frames", f"{status.frames:,} decoded, {status.sampled:,} looked at"),
         ("chunks", f"{status.chunks:,}"),
-        ("captions", f"{status.results:,}"),
+        ("captions and alerts", f"{status.results:,}"),
         ("dead letters", f"{status.dead_letters:,}"),
         ("lag at the end", lag),
         (

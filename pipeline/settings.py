@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..operators.errors import SettingsError
+from ..operators.queries import AlertCondition, StandingQuery
 
 SECRET_WORDS = ("password", "secret", "token", "key", "jaas")
 
@@ -192,19 +193,6 @@ class ServeSettings(_Section):
             return self.host == "localhost"
 
 
-class CaptionQuery(_Section):
-    """A standing query: a caption of every window of the streams that it names."""
-
-    id: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    kind: Literal["caption"] = "caption"
-    streams: str = Field("*", description="Glob over stream ids.")
-    prompt: str = Field("Describe what happens.", min_length=1, max_length=4000)
-    window_s: float = Field(10.0, gt=0, le=86_400, description="Windows are counted from the session's start.")
-    token_budget: int = Field(256, ge=1, le=1_000_000, description="Video tokens given to the LLM a window.")
-    token_policy: Literal["recent", "uniform", "global_local", "changes"] = "uniform"
-    max_new_tokens: int = Field(48, ge=1, le=4096)
-
-
 class RaySettings(_Section):
     """The Ray cluster."""
 
@@ -227,7 +215,7 @@ class Settings(_Section):
     llm: LlmSettings = Field(default_factory=lambda: LlmSettings.model_validate({}))
     store: StoreSettings = Field(default_factory=lambda: StoreSettings.model_validate({}))
     serve: ServeSettings = Field(default_factory=lambda: ServeSettings.model_validate({}))
-    queries: list[CaptionQuery] = Field(default_factory=lambda: [CaptionQuery.model_validate({"id": "caption"})])
+    queries: list[StandingQuery] = Field(default_factory=lambda: [StandingQuery.model_validate({"id": "caption"})])
     ray: RaySettings = Field(default_factory=lambda: RaySettings.model_validate({}))
 
     @model_validator(mode="after")
@@ -302,13 +290,17 @@ def _explain(error: ValidationError, where: str) -> str:
     return "\n".join(lines)
 
 
+# Sections that stand in a list, or need not be there.
+_INNER: dict[str, Any] = {"queries": StandingQuery, "condition": AlertCondition}
+
+
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     section: Any = Settings
     for part in loc:
         if isinstance(part, int):
             continue
         field = section.model_fields[part]
-        section = CaptionQuery if part == "queries" else field.annotation
+        section = _INNER.get(str(part), field.annotation)
     return list(section.model_fields)
 
 

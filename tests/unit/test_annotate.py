@@ -1,11 +1,12 @@
 import asyncio
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from stormline.models.prompts import VideoAnswer
-from stormline.operators.annotate import Annotate
+from stormline.operators import annotate
+from stormline.operators.errors import SettingsError
+from stormline.operators.queries import StandingQuery
 from stormline.operators.rows import (
     AnnotatedSegment,
     Barrier,
@@ -21,17 +22,16 @@ SECOND_NS = 10**9
 START_NS = 1000 * SECOND_NS
 
 
-def query(id="caption", streams="*", window_s=4.0, token_budget=1000):
-    return SimpleNamespace(
-        id=id,
-        kind="caption",
-        streams=streams,
-        prompt=f"{id}?",
-        window_s=window_s,
-        token_budget=token_budget,
-        token_policy="uniform",
-        max_new_tokens=8,
-    )
+def query(id="caption", **fields):
+    return StandingQuery.model_validate({"id": id, "prompt": f"{id}?", "window_s": 4, "token_budget": 1000, **fields})
+
+
+def alert(id="alert", **fields):
+    return query(id, **{"kind": "alert", "window_s": 2, **fields})
+
+
+def Annotate(queries, ask, model_name, snapshots=None):  # noqa: N802 (the step, with a list of queries)
+    return annotate.Annotate(lambda: queries, ask, model_name, snapshots)
 
 
 async def describe(prompt):
@@ -163,3 +163,198 @@ def test_answer_when_there_is_none_then_the_lane_fails_and_nothing_is_left_out()
 
     with pytest.raises(RuntimeError, match="no answer"):
         run(Annotate([query()], fail, "m"), [segment_row(0, end=True)])
+
+
+def saying(text):
+    """Return an LLM that answers window after window with these letters: y for yes, everything else for no."""
+
+    async def answer(prompt):
+        index = int(prompt.chunks[0].tokens[0, 0])
+        await asyncio.sleep(0)  # so that answers come in no order of their own
+        said = "Yes, it does." if text[index] == "y" else "No."
+        return VideoAnswer(said, prompt_tokens=9, video_tokens=6, generated_tokens=1, finish_reason="stop")
+
+    return answer
+
+
+def results(rows):
+    return [r for row in rows if row.kind == AnnotatedSegment.KIND for r in AnnotatedSegment.from_row(row).results]
+
+
+def told(rows):
+    """Return when each alert began (+) and ended (-), in seconds from the session's start."""
+    return [("+" if r.alert else "-") + str((r.start_ns - START_NS) // SECOND_NS) for r in results(rows)]
+
+
+def alert_rows(said, **fields):
+    return [segment_row(i, index=i, end=i == len(said) - 1, **fields) for i in range(len(said))]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("nnn", []),
+        ("nynn", ["+2", "-4"]),
+        ("nyyyn", ["+2", "-8"]),  # once for the occurrence, not once for each window
+        ("ynyny", ["+0", "-2", "+4", "-6", "+8"]),  # a no arms it again
+        ("yyy", ["+0"]),
+    ],
+)
+def test_alert_when_it_holds_over_several_windows_then_is_told_once_for_each_occurrence(said, expected):
+    out = run(Annotate([alert()], saying(said), "m"), alert_rows(said))
+
+    assert told(out) == expected
+    assert {r.kind for r in results(out)} <= {"alert"}
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_alert_when_the_lane_crashes_anywhere_then_told_as_if_it_had_not(cut):
+    said = "nyyynyyny"
+    rows = alert_rows(said)
+    expected = told(run(Annotate([alert()], saying(said), "m"), rows))
+
+    before = run(Annotate([alert()], saying(said), "m"), [*rows[:cut], barrier_row(cut)])
+    snapshots = snapshots_of(before[-1])
+    rest = [segment_row(i, index=cut + i, end=cut + i == len(said) - 1) for i in range(len(said) - cut)]
+    after = run(Annotate([alert()], saying(said), "m", snapshots), rest)
+
+    assert told(before) + told(after) == expected
+
+
+def test_alert_when_a_barrier_passes_then_its_snapshot_waits_for_the_answers_before_it_alone():
+    released = asyncio.Event()
+
+    async def late(prompt):
+        if int(prompt.chunks[0].tokens[0, 0]) >= 2:
+            await released.wait()
+        return await saying("yynn")(prompt)
+
+    async def scenario():
+        step = Annotate([alert()], late, "m")
+        rows = [*[segment_row(i, index=i) for i in range(3)], barrier_row(3), segment_row(4, index=3)]
+        waiting = asyncio.create_task(feed(step, rows[4:]))
+        out = await asyncio.wait_for(feed(step, rows[:4]), 5)  # window 2 is still open, so is not asked about yet
+        released.set()
+        return out, await waiting
+
+    out, last = asyncio.run(scenario())
+
+    assert told(out) == ["+0"]
+    assert told(last) == ["-4"]
+    after = run(Annotate([alert()], saying("yyyn"), "m", snapshots_of(out[-1])), [segment_row(0, index=3, end=True)])
+    assert told(after) == ["-6"]
+
+
+def snapshots_of(row):
+    return {(key.topic, key.partition): bytes(blob) for key, blob in Barrier.from_row(row).snapshots.items()}
+
+
+def test_alert_when_the_session_ends_then_the_next_one_begins_anew():
+    rows = [
+        segment_row(0, index=0, end=True),
+        segment_row(1, index=0, session="s2"),
+        segment_row(2, index=1, session="s2"),
+    ]
+
+    assert told(run(Annotate([alert()], saying("yy"), "m"), rows)) == ["+0", "+0"]
+
+
+class Changing:
+    """Standing queries that change while the step runs."""
+
+    def __init__(self, *queries):
+        self.now = list(queries)
+
+    def __call__(self):
+        if isinstance(self.now, Exception):
+            raise self.now
+        return self.now
+
+
+def run_with_changes(queries, ask, stages):
+    """Run stages of (change to make, rows), one step over all of them; return the rows of each."""
+
+    async def scenario():
+        step = annotate.Annotate(queries, ask, "m")
+        outs = []
+        for change, rows in stages:
+            change()
+            outs.append(await feed(step, rows))
+        return outs
+
+    return asyncio.run(scenario())
+
+
+def test_queries_when_one_is_added_then_from_a_barrier_and_a_windows_start_on():
+    queries = Changing(query("a"))
+    rows = [segment_row(i, index=i) for i in range(3)]
+    more = [barrier_row(3), *[segment_row(4 + i, index=3 + i) for i in range(4)]]
+
+    before, after = run_with_changes(
+        queries, describe, [(lambda: None, rows), (lambda: queries.now.append(query("b")), more)]
+    )
+
+    assert answers(before) == [("cam", "a? 0-2:0 2-4:1")]
+    # b comes in the midst of [4, 8) and begins with [8, 12).
+    assert answers(after) == [("cam", asked) for asked in ("a? 0-2:2 2-4:3", "a? 0-2:4 2-4:5", "b? 0-2:4 2-4:5")]
+
+
+def test_queries_when_changed_or_removed_then_open_windows_finish_or_go():
+    queries = Changing(query("a"), query("b"), alert("c"))
+    change = lambda: setattr(queries, "now", [query("a", prompt="new?")])  # noqa: E731
+    rows = [segment_row(0, index=0), segment_row(1, index=1)]
+    more = [barrier_row(2), *[segment_row(3 + i, index=2 + i) for i in range(3)]]
+
+    _, out = run_with_changes(queries, saying("y" * 9), [(lambda: None, rows), (change, more)])
+
+    assert [(r.query_id, r.prompt) for r in results(out)] == [("a", "a?"), ("a", "new?")]
+
+
+def test_queries_when_a_crash_comes_after_a_change_then_the_open_window_is_still_the_old_one():
+    old, new = query("a", prompt="old?"), query("a", prompt="new?")
+    before = run(Annotate([old], describe, "m"), [segment_row(0, index=0), barrier_row(1)])
+
+    out = run(Annotate([new], describe, "m", snapshots_of(before[-1])), [segment_row(i, index=1 + i) for i in range(5)])
+
+    assert [r.prompt for r in results(out)] == ["old?", "new?"]
+
+
+def test_queries_when_an_alerts_question_changes_then_what_held_before_means_nothing():
+    queries = Changing(alert())
+    rows = [segment_row(i, index=i) for i in range(3)]
+    cheaper = [barrier_row(3), segment_row(4, index=3)]
+    another = [barrier_row(5), *(segment_row(6 + i, index=4 + i) for i in range(3))]
+    stages = [
+        (lambda: None, rows),
+        (lambda: setattr(queries, "now", [alert(token_budget=16)]), cheaper),
+        (lambda: setattr(queries, "now", [alert(prompt="Else?")]), another),
+    ]
+
+    outs = run_with_changes(queries, saying("y" * 9), stages)
+
+    assert [told(out) for out in outs] == [["+0"], [], ["+8"]]
+
+
+def test_queries_when_they_cannot_be_read_then_the_last_ones_stay():
+    queries = Changing(query("a"))
+    fail = lambda: setattr(queries, "now", SettingsError("half a file"))  # noqa: E731
+
+    _, out = run_with_changes(
+        queries,
+        describe,
+        [(lambda: None, [segment_row(0, index=0)]), (fail, [barrier_row(1), segment_row(2, index=1, end=True)])],
+    )
+
+    assert answers(out) == [("cam", "a? 0-2:0 2-4:1")]
+
+
+def test_windows_when_several_queries_share_chunks_then_the_snapshot_holds_each_once():
+    one = run(Annotate([query("a")], describe, "m"), [segment_row(0), barrier_row(1)])
+    two = run(Annotate([query("a"), query("b")], describe, "m"), [segment_row(0), barrier_row(1)])
+
+    sizes = [len(next(iter(snapshots_of(out[-1]).values()))) for out in (one, two)]
+
+    tokens_bytes = 16 * 4 * 2
+    assert sizes[1] - sizes[0] > 0
+    assert [blob.count(np.zeros(16 * 4, np.float16).tobytes()) for blob in snapshots_of(two[-1]).values()] == [1]
+    assert sizes[0] > tokens_bytes

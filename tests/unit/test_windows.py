@@ -1,5 +1,6 @@
 import numpy as np
 
+from stormline.operators.queries import StandingQuery
 from stormline.operators.rows import Chunk
 from stormline.operators.windows import add_chunk, close_session
 
@@ -24,18 +25,26 @@ def chunk(index, start_s, session="s1", session_start_s=100):
     )
 
 
+def query(id="q", **fields):
+    return StandingQuery.model_validate({"id": id, **fields})
+
+
 def closed_windows(chunks, window_s):
-    window, closed = None, []
+    asked, windows, closed = query(window_s=window_s), {}, []
     for c in chunks:
-        window, full = add_chunk(window, c, window_s * SECOND_NS)
-        closed += [full] if full else []
-    return closed, window
+        windows, full = add_chunk(windows, c, {"q": asked})
+        closed += full
+    return closed, windows["q"]
+
+
+def indices(windows):
+    return [[c.chunk_index for c in w.chunks] for w in windows]
 
 
 def test_window_when_a_chunk_of_the_next_arrives_then_closes_with_its_own_chunks():
     closed, still_open = closed_windows([chunk(i, 2 * i) for i in range(6)], window_s=4)
 
-    assert [[c.chunk_index for c in w.chunks] for w in closed] == [[0, 1], [2, 3]]
+    assert indices(closed) == [[0, 1], [2, 3]]
     assert [c.chunk_index for c in still_open.chunks] == [4, 5]
     assert (closed[1].start_ns, closed[1].end_ns) == (104 * SECOND_NS, 108 * SECOND_NS)
 
@@ -43,7 +52,7 @@ def test_window_when_a_chunk_of_the_next_arrives_then_closes_with_its_own_chunks
 def test_window_when_a_chunk_straddles_its_end_then_belongs_to_where_it_begins():
     closed, _ = closed_windows([chunk(0, 0), chunk(1, 2), chunk(2, 4), chunk(3, 6)], window_s=3)
 
-    assert [[c.chunk_index for c in w.chunks] for w in closed] == [[0, 1], [2]]
+    assert indices(closed) == [[0, 1], [2]]
 
 
 def test_window_when_nothing_was_seen_for_several_windows_then_no_empty_ones():
@@ -63,6 +72,53 @@ def test_window_when_the_session_changes_then_closes_though_the_index_is_the_sam
 def test_session_when_it_ends_then_only_its_own_window_closes():
     _, window = closed_windows([chunk(0, 0)], window_s=4)
 
-    assert close_session(window, "s1") == (None, window)
-    assert close_session(window, "other") == (window, None)
-    assert close_session(None, "s1") == (None, None)
+    assert close_session({"q": window}, "s1") == ({}, [window])
+    assert close_session({"q": window}, "other") == ({"q": window}, [])
+
+
+def test_query_when_added_in_the_midst_of_a_window_then_begins_with_the_next():
+    asked, windows, closed = query(window_s=6), {}, []
+
+    for c in [chunk(i, 2 * i) for i in range(4, 10)]:  # from 8 s on, in the window [6, 12)
+        windows, full = add_chunk(windows, c, {"q": asked})
+        closed += full
+
+    assert indices(closed) == [[6, 7, 8]]
+    assert indices(windows.values()) == [[9]]
+
+
+def test_query_when_added_at_a_windows_start_then_begins_at_once():
+    windows, _ = add_chunk({}, chunk(3, 6), {"q": query(window_s=6)})
+
+    assert indices(windows.values()) == [[3]]
+    assert not windows["q"].joined
+
+
+def test_query_when_the_session_ends_in_a_window_that_it_joined_then_nothing_closes():
+    windows, _ = add_chunk({}, chunk(4, 8), {"q": query(window_s=6)})
+
+    assert close_session(windows, "s1") == ({}, [])
+
+
+def test_query_when_changed_then_the_open_window_stays_as_it_began_and_the_next_is_as_it_is_now():
+    old, new = query(window_s=6, prompt="old?"), query(window_s=4, prompt="new?")
+    windows, closed = add_chunk({}, chunk(0, 0), {"q": old})
+
+    for c in [chunk(i, 2 * i) for i in range(1, 8)]:
+        windows, full = add_chunk(windows, c, {"q": new})
+        closed += full
+
+    # [0, 6) as before; 6 is in the midst of [4, 8), so that the new one begins with [8, 12).
+    assert [(w.query.prompt, w.start_ns // SECOND_NS - 100) for w in closed] == [("old?", 0), ("new?", 8)]
+    assert indices(closed) == [[0, 1, 2], [4, 5]]
+
+
+def test_query_when_it_watches_a_stream_no_more_then_finishes_its_window_and_begins_no_other():
+    windows, _ = add_chunk({}, chunk(0, 0), {"q": query(window_s=4)})
+
+    windows, first = add_chunk(windows, chunk(1, 2), {})
+    windows, second = add_chunk(windows, chunk(2, 4), {})
+
+    assert first == []
+    assert indices(second) == [[0, 1]]
+    assert windows == {}
