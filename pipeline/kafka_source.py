@@ -19,8 +19,9 @@ from ray.data.datasource import Datasource, ReadTask
 
 from ..operators.errors import SourceError
 from ..operators.rows import BLOCK_SCHEMA, Barrier, DeadLetter, Position, Segment, block_of
+from .secret_references import resolve_secrets
 from .sessions import Record, SessionTracker
-from .settings import KafkaSettings, resolve_secrets
+from .settings import KafkaSettings
 
 if TYPE_CHECKING:
     from kafka import KafkaConsumer

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -32,6 +31,7 @@ from .checkpoint import LaneStart
 from .endless_dataset import actor_step, build_dataset, lane_context
 from .kafka_source import KafkaSource, SourcePlan
 from .parquet_sink import EpochWriter
+from .query_registry import QueryRegistry
 from .serving import LlmClient, StoreClient
 from .settings import ModelSettings, Settings
 
@@ -133,7 +133,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "snapshots": snapshots_of(encode_step.STEP_NAME),
     }
     annotate = {
-        "read_queries": partial(list, settings.queries),
+        "read_queries": QueryRegistry(plan.start.root).for_lanes,
         "ask": LlmClient(settings.llm.timeout_s),
         "model_name": plan.model_name,
         "snapshots": snapshots_of(annotate_step.STEP_NAME),

@@ -80,10 +80,12 @@ def _deploy(settings: Settings) -> None:
 
 def _bind_front(settings: Settings) -> serve.Application:
     from .front.deployment import Front
+    from .front.queries import QueryRules
 
     # Absolute: a replica's working folder is its own.
     front = Front.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]
-    return front.bind(settings.serve, settings.output.path.resolve())
+    rules = QueryRules(settings.delivery.allow_private, tuple(settings.kafka.topics))
+    return front.bind(settings.serve, settings.output.path.resolve(), rules)
 
 
 def _start_serve(http: ServeSettings) -> None:

@@ -6,18 +6,17 @@ is used, and shown as ``***``.
 
 from __future__ import annotations
 
-import os
 import re
 from fractions import Fraction
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..operators.errors import SettingsError
-from ..operators.queries import AlertCondition, StandingQuery
+from .query_settings import Query, check_sinks
 
 SECRET_WORDS = ("password", "secret", "token", "key", "jaas")
 
@@ -193,6 +192,19 @@ class ServeSettings(_Section):
             return self.host == "localhost"
 
 
+class DeliverySettings(_Section):
+    """How results go to webhooks and Kafka topics, which each query names in its `sinks`."""
+
+    allow_private: bool = Field(False, description="Whether a webhook may be on this machine or in a private network.")
+    timeout_s: float = Field(10.0, gt=0, le=300, description="For one attempt.")
+    retry_wait_s: float = Field(1.0, gt=0, description="First wait before another attempt; doubles up to 60 s.")
+    give_up_after_s: float = Field(
+        86_400.0,
+        gt=0,
+        description="Then the result is set down in deliveries/undelivered.jsonl, and the next one sent.",
+    )
+
+
 class RaySettings(_Section):
     """The Ray cluster."""
 
@@ -215,7 +227,8 @@ class Settings(_Section):
     llm: LlmSettings = Field(default_factory=lambda: LlmSettings.model_validate({}))
     store: StoreSettings = Field(default_factory=lambda: StoreSettings.model_validate({}))
     serve: ServeSettings = Field(default_factory=lambda: ServeSettings.model_validate({}))
-    queries: list[StandingQuery] = Field(default_factory=lambda: [StandingQuery.model_validate({"id": "caption"})])
+    queries: list[Query] = Field(default_factory=lambda: [Query.model_validate({"id": "caption"})])
+    delivery: DeliverySettings = Field(default_factory=lambda: DeliverySettings.model_validate({}))
     ray: RaySettings = Field(default_factory=lambda: RaySettings.model_validate({}))
 
     @model_validator(mode="after")
@@ -225,6 +238,7 @@ class Settings(_Section):
             if query.id in seen:
                 raise ValueError(f"queries: the id {query.id!r} stands twice; give each query its own")
             seen.add(query.id)
+            check_sinks(query, allow_private=self.delivery.allow_private, input_topics=self.kafka.topics)
         return self
 
 
@@ -290,17 +304,12 @@ def _explain(error: ValidationError, where: str) -> str:
     return "\n".join(lines)
 
 
-# Sections that stand in a list, or need not be there.
-_INNER: dict[str, Any] = {"queries": StandingQuery, "condition": AlertCondition}
-
-
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     section: Any = Settings
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields[part]
-        section = _INNER.get(str(part), field.annotation)
+    for name in (part for part in loc if not isinstance(part, int)):
+        annotation = section.model_fields[name].annotation
+        # As it is, or what the list or the "or None" is of.
+        section = next(t for t in (annotation, *get_args(annotation)) if hasattr(t, "model_fields"))
     return list(section.model_fields)
 
 
@@ -321,30 +330,3 @@ def masked(settings: Settings) -> dict[str, Any]:
     data["kafka"]["client"] = walk(data["kafka"]["client"])
     data["serve"]["keys"] = ["***"] * len(data["serve"]["keys"])
     return data
-
-
-_REFERENCE = re.compile(r"^\$\{(env|file):([^}]+)\}$")
-
-
-def resolve_secrets(options: dict[str, Any]) -> dict[str, Any]:
-    """Replace ``${env:NAME}`` and ``${file:/path}`` values by what they refer to.
-
-    Raises:
-        SettingsError: If the variable is not set or the file cannot be read.
-    """
-    return {key: _resolve(key, value) for key, value in options.items()}
-
-
-def _resolve(key: str, value: Any) -> Any:
-    match = _REFERENCE.match(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    kind, name = match.groups()
-    if kind == "env":
-        if name not in os.environ:
-            raise SettingsError(f"{key}: the environment variable {name} is not set; set it or correct the reference.")
-        return os.environ[name]
-    try:
-        return Path(name).read_text().strip()
-    except OSError as e:
-        raise SettingsError(f"{key}: cannot read the secret file {name}: {e.strerror}.") from e

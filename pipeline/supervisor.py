@@ -114,9 +114,11 @@ class Supervisor:
             StormlineError: What could not start, or the lane that failed too often, and why.
         """
         from .output_lock import OutputLock
+        from .query_registry import QueryRegistry
 
         root = Path(self._settings.output.path)
         with OutputLock(root), embedded_ray(self._settings, self._tell):
+            QueryRegistry(root).take_settings(self._settings.queries)
             if not self._stop.is_set():
                 with self._services():
                     self._watch(until_idle_s, on_status or (lambda status: None), on_ready or (lambda: None))

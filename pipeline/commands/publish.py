@@ -112,7 +112,7 @@ def publish(
     from ..publish.inputs import expand_sources
     from ..publish.options import PublishOptions
     from ..publish.producer import SegmentProducer
-    from ..settings import resolve_secrets
+    from ..secret_references import resolve_secrets
 
     options = PublishOptions(
         speed=speed,

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...models.prompts import VideoAnswer
+from ..query_registry import QueryRegistry
 from ..result_feed import ResultFeed
 from ..settings import ServeSettings
 from ..token_source import TokenSource
 from .access import Admission, check_host, check_key
 from .answering import Answerer, VideoUse
 from .api_errors import ApiError, error_answers
+from .bodies import read_json
 from .chat_request import ChatRequest, bad_request, read_chat_request
 from .description import CHAT_PATH, describe_with
 from .events import NO_BUFFER, EventSource, event_routes, prepend
 from .page_files import FILES, page_routes
+from .queries import QueryRules, query_routes
 from .streams import stream_routes
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ class Backend:
     source: TokenSource
     out: Path  # the output folder, for captions
     limits: ServeSettings
+    rules: QueryRules = field(default_factory=QueryRules)
 
 
 def build_app(backend: Backend) -> FastAPI:
@@ -73,7 +77,7 @@ def build_app(backend: Backend) -> FastAPI:
     )
     async def chat(request: Request) -> Response:
         """Answer a question about video; see the README for its form."""
-        asked = read_chat_request(await _json_of(request), backend.limits)
+        asked = read_chat_request(await read_json(request), backend.limits)
         model = await _check_model(asked.model, backend)
         completion = _Completion(backend.answerer, admission, asked, model)
         if not asked.stream:
@@ -85,6 +89,7 @@ def build_app(backend: Backend) -> FastAPI:
     app.include_router(stream_routes(backend.source, backend.out))
     events = EventSource(ResultFeed(backend.out), backend.limits.max_listeners)
     app.include_router(event_routes(events, backend.out))
+    app.include_router(query_routes(QueryRegistry(backend.out), backend.rules))
     app.include_router(page_routes())
     app.add_exception_handler(ApiError, _say_api_error)
     app.add_exception_handler(HTTPException, _say_http_error)
@@ -156,18 +161,6 @@ class Guard:
 
 def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(413, f"the body is too large; expected {limit_bytes} bytes or fewer", code="body_too_large")
-
-
-async def _json_of(request: Request) -> Any:
-    # Only JSON: what a form on a page elsewhere may send without asking first must not reach a service without keys.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "expected a body of Content-Type application/json", code="unsupported_media_type")
-    try:
-        body = json.loads(await request.body())
-        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair passes the first, and no answer
-        return body
-    except (ValueError, RecursionError):
-        raise bad_request("the body is not JSON", code="invalid_json") from None
 
 
 async def _check_model(name: str | None, backend: Backend) -> str:

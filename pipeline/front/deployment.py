@@ -14,6 +14,7 @@ from ..token_files import TokenFiles
 from ..token_source import TokenSource
 from .answering import Answerer
 from .app import Backend, build_app
+from .queries import QueryRules
 
 # More than the service's own limits let in: those answer 429 themselves, where Serve would say 503 and no more.
 MAX_REQUESTS = 4096
@@ -27,12 +28,13 @@ class Front:
     Args:
         limits: Keys and limits.
         out: The output folder.
+        rules: What a query over the API may not do.
     """
 
-    def __init__(self, limits: ServeSettings, out: Path):
+    def __init__(self, limits: ServeSettings, out: Path, rules: QueryRules):
         files = TokenFiles(out)
         source = TokenSource(files, StoreReader())
-        self._backend = Backend(Answerer(source, LlmReader(), limits), source, out, limits)
+        self._backend = Backend(Answerer(source, LlmReader(), limits), source, out, limits, rules)
         # What is on disk takes a moment for each thousand files; the first question should not wait for it.
         threading.Thread(target=files.refresh, name="read-token-files", daemon=True).start()
 

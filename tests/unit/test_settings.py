@@ -3,7 +3,8 @@ from fractions import Fraction
 import pytest
 
 from stormline.operators.errors import SettingsError
-from stormline.pipeline.settings import load_settings, masked, resolve_secrets
+from stormline.pipeline.secret_references import resolve_secrets
+from stormline.pipeline.settings import load_settings, masked
 
 
 def test_settings_when_nothing_is_given_then_the_defaults_hold():
