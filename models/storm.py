@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModel,
@@ -38,6 +39,8 @@ from .imported import FrameEncoder
 from .processing import normalise_frames
 from .storm_config import StormConfig
 from .temporal import TemporalBlock, TemporalEncoder, TemporalState
+
+LOOK_GRID = 8  # rows and columns that tell scenes apart: more would only make a stream's state larger
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class EncodedChunk:
     """What one stream's chunk of frames became."""
 
     tokens: Tensor = field(repr=False)  # (n_tokens, d_model) float16 on CPU
-    feature: Tensor = field(repr=False)  # (f,) float32 on CPU: the vision tower's mean, to tell scenes apart
+    look: Tensor = field(repr=False)  # (rows, cols, f) float16 on CPU, of length 1: what each place looks like
     state: StreamState  # after the last frame, on the model's device
 
 
@@ -432,6 +435,30 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         """Return places of the language model's width; what an imported vision side gives is projected already."""
         return features if self.config.imported else self.multi_modal_projector(features)
 
+    def _looks(self, pixel_values: Tensor, features: Tensor) -> Tensor:
+        """Return what each place looks like, on average over the frames.
+
+        By the tower's first layer, in which a patch knows nothing of the others. What is deeper in it follows what was
+        learnt to matter, such as objects; the background of a scene need not be among that.
+
+        Args:
+            pixel_values: (B, T, 3, H, W), normalised.
+            features: (B, T, rows, cols, f) of the same, taken where there is no such layer, or it is not ours to ask.
+
+        Returns:
+            (B, rows, cols, f) float16 on CPU, vectors of length 1, at most `LOOK_GRID` rows and columns.
+        """
+        tower = None if self.config.imported else self.vision_tower
+        embed = getattr(getattr(tower, "vision_model", tower), "embeddings", None)
+        if embed is not None:
+            n_streams, grid = pixel_values.shape[0], self.config.patch_grid
+            patches = embed(pixel_values.flatten(0, 1).contiguous())
+            patches = patches[:, patches.shape[1] - grid * grid :]  # without class tokens, which come first
+            features = rearrange(patches, "(b t) (r c) f -> b t r c f", b=n_streams, r=grid)
+        mean = reduce(features.float(), "b t r c f -> b f r c", "mean")
+        looks = F.adaptive_avg_pool2d(mean, tuple(min(side, LOOK_GRID) for side in mean.shape[-2:]))
+        return F.normalize(rearrange(looks, "b f r c -> b r c f"), dim=-1).to(torch.float16).cpu()
+
     def _mix_and_pool(self, features: Tensor, state: TemporalState | None) -> tuple[Tensor, TemporalState]:
         """Project, mix over time and pool: (B, T, rows, cols, f) → (B, n_tokens, d_model), on the grid of chunks."""
         config = self.config
@@ -445,12 +472,13 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         return x.flatten(1, 3), new_state
 
     def _encode_batch(self, frames: Tensor, states: Sequence[StreamState]) -> list[EncodedChunk]:
-        features = self._features(self._pixels(frames))
+        pixels = self._pixels(frames)
+        features = self._features(pixels)
+        looks = self._looks(pixels, features)
         state = TemporalState.stack([s.temporal for s in states])
         tokens, state = self._mix_and_pool(features, state)
         stored = self._to_storage(tokens)
-        means = features.float().mean((1, 2, 3)).cpu()
-        return [EncodedChunk(stored[i], means[i], StreamState(after)) for i, after in enumerate(state.unstack())]
+        return [EncodedChunk(stored[i], looks[i], StreamState(after)) for i, after in enumerate(state.unstack())]
 
     def _to_storage(self, tokens: Tensor) -> Tensor:
         stored = tokens.to(torch.float16).cpu()

@@ -1,9 +1,10 @@
 """The annotate step: standing queries over each stream's tokens, answered by the LLM.
 
-State is what the queries still need: the chunks of their open windows, and which alerts hold. The windows advance in
-strict row order; the answers are waited for outside that order, so that those of many streams are asked for together,
-while the rows leave in order with the results that they led to. Whether an alert is a new occurrence needs the
-answers before it: each judgement waits for the one before it on the same stream, and a barrier for those before it.
+State is what the queries still need: where each stream's scene began, the chunks of open windows, and which alerts
+hold. The windows advance in strict row order; the answers are waited for outside that order, so that those of many
+streams are asked for together, while the rows leave in order with the results that they led to. Whether an alert is a
+new occurrence needs the answers before it: each judgement waits for the one before it on the same stream, and a
+barrier for those before it.
 
 Queries may be changed while it runs. A change is taken up as a barrier passes, and counts from the next window on:
 each open window is kept, also in the snapshot, with the definition that it began with. So every committed row follows
@@ -28,6 +29,7 @@ from .errors import StormlineError
 from .ordering import Turnstile
 from .queries import StandingQuery, by_id
 from .rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Result, Row, block_of, rows_of
+from .scenes import SceneSpec, SceneState, step_scenes
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 from .windows import OpenWindow, add_chunk, close_session
 
@@ -55,11 +57,12 @@ _Verdict = _Judged | Awaitable[_Judged]
 class _Stream:
     """What is kept of one stream."""
 
+    scene: SceneState | None = None
     windows: dict[str, OpenWindow] = field(default_factory=dict)  # by query
     alerts: dict[str, _Verdict] = field(default_factory=dict)  # by query, of its newest window
 
     def copy(self) -> _Stream:
-        return _Stream(dict(self.windows), dict(self.alerts))
+        return _Stream(self.scene, dict(self.windows), dict(self.alerts))
 
     def forget(self, query_ids: set[str]) -> None:
         self.windows = {name: window for name, window in self.windows.items() if name not in query_ids}
@@ -67,7 +70,7 @@ class _Stream:
 
     @property
     def empty(self) -> bool:
-        return not self.windows and not self.alerts
+        return self.scene is None and not self.windows and not self.alerts
 
 
 _Streams = dict[tuple[str, int], dict[str, _Stream]]  # by partition, then stream
@@ -84,6 +87,7 @@ class Annotate:
             later on, those that were in force stay.
         ask: Gives the LLM's answer to one prompt; raises when there is none.
         model_name: Written into the results.
+        scenes: How scenes are told apart.
         snapshots: This step's states to go on from, by partition.
     """
 
@@ -92,12 +96,14 @@ class Annotate:
         read_queries: ReadQueries,
         ask: Ask,
         model_name: str,
+        scenes: SceneSpec,
         snapshots: Mapping[tuple[str, int], bytes] | None = None,
     ):
         self._read_queries = read_queries
         self._queries = by_id(read_queries())
         self._ask = ask
         self._model_name = model_name
+        self._scenes = scenes
         self._turnstile = Turnstile()
         self._streams: _Streams = {partition: _unpack(blob) for partition, blob in (snapshots or {}).items()}
 
@@ -127,11 +133,13 @@ class Annotate:
         pending: list[Awaitable[Result | None]] = []
         for session, chunks in _by_session(encoded):
             for chunk in chunks:
-                stream.windows, closed = add_chunk(stream.windows, _owned(chunk), queries)
+                stream.scene, cuts = step_scenes(stream.scene, chunk, self._scenes)
+                stream.windows, closed = add_chunk(stream.windows, _owned(chunk), queries, cuts)
                 pending += [self._ask_about(window, stream) for window in closed]
             if session in encoded.closed_sessions:
                 stream.windows, closed = close_session(stream.windows, session)
                 pending += [self._ask_about(window, stream) for window in closed]
+                stream.scene = None
                 stream.alerts = {}  # what holds at a session's end is told once more if the next one begins with it
         if stream.empty:
             del streams[meta.stream_id]
@@ -171,7 +179,7 @@ class Annotate:
 
     async def _answer(self, window: OpenWindow) -> Result:
         query = window.query
-        origin_ns = window.chunks[0].session_start_ns + window.window_index * query.window_ns
+        origin_ns = window.origin_ns
         chunks = [
             VideoChunk(start_s=(c.start_ns - origin_ns) / 1e9, end_s=(c.end_ns - origin_ns) / 1e9, tokens=c.tokens)
             for c in window.chunks
@@ -236,6 +244,7 @@ async def _pack_stream(stream: _Stream) -> StreamSnapshot:
     chunks = {(c.session, c.chunk_index): c for window in stream.windows.values() for c in window.chunks}
     place = {key: i for i, key in enumerate(chunks)}
     header: dict[str, Any] = {
+        "scene": None if stream.scene is None else stream.scene.to_header(),
         "chunks": [{k: v for k, v in vars(c).items() if k != "tokens"} for c in chunks.values()],
         "windows": [
             {
@@ -263,7 +272,7 @@ def _unpack(blob: bytes) -> dict[str, _Stream]:
 def _unpack_stream(snapshot: StreamSnapshot) -> _Stream:
     header, arrays = snapshot
     chunks = [Chunk(**c, tokens=arrays[str(i)]) for i, c in enumerate(header["chunks"])]
-    stream = _Stream()
+    stream = _Stream(None if header["scene"] is None else SceneState.from_header(header["scene"]))
     for w in header["windows"]:
         query = StandingQuery.model_validate(w["query"])
         mine = tuple(chunks[i] for i in w["chunks"])

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEP_NAME = "encode"
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2
+SCENE_SHARE = 0.7  # of the picture that must have changed: an object that comes or goes is no scene
 
 OnNews = Callable[[LaneNews], None]
 
@@ -41,7 +42,7 @@ class StreamEncoding:
     pending: FrameChunk
     model_state: StreamState
     next_chunk_index: int = 0
-    feature: np.ndarray | None = None  # (f,) float32 mean vision feature of the newest chunk
+    look: np.ndarray | None = None  # (rows, cols, f) float16: what each place of the newest chunk looks like
 
 
 class Encoder:
@@ -117,7 +118,7 @@ class Encoder:
 
         batch = torch.from_numpy(np.ascontiguousarray(frames.frames))[None]  # (1, T, H, W, 3)
         encoded = self.model.encode_chunks(batch.to(self.model.device), [stream.model_state])[0]
-        feature = encoded.feature.float().cpu().numpy()
+        look = encoded.look.numpy()
         meta = stream.meta
         chunk = Chunk(
             stream_id=meta.stream_id,
@@ -127,16 +128,14 @@ class Encoder:
             end_ns=meta.session_start_ns + self.grid.elapsed_ns(int(frames.grid_indices[-1]) + 1),
             session_start_ns=meta.session_start_ns,
             n_frames=len(frames),
-            scene_score=_scene_score(stream.feature, feature),
+            scene_score=_scene_score(stream.look, look),
             topic=meta.topic,
             partition=meta.partition,
             offset=meta.offset,
             append_ns=meta.append_ns,
             tokens=encoded.tokens.to(torch.float16).cpu().numpy(),
         )
-        after = replace(
-            stream, model_state=encoded.state, next_chunk_index=stream.next_chunk_index + 1, feature=feature
-        )
+        after = replace(stream, model_state=encoded.state, next_chunk_index=stream.next_chunk_index + 1, look=look)
         return chunk, after
 
 
@@ -232,11 +231,20 @@ class Encode:
 
 
 def _scene_score(before: np.ndarray | None, after: np.ndarray) -> float:
-    """Return the cosine distance between two chunks' mean vision features, 0 to 2; nan for a stream's first."""
+    """Return how much `SCENE_SHARE` of a picture has changed at least; nan for a stream's first chunk.
+
+    Args:
+        before: (rows, cols, f) of the chunk before, vectors of length 1.
+        after: Likewise, of this one.
+
+    Returns:
+        A quantile over the places of the cosine distances there, 0 to 2.
+    """
     if before is None:
         return float("nan")
-    norms = float(np.linalg.norm(before) * np.linalg.norm(after))
-    return float(np.clip(1.0 - float(before @ after) / norms, 0.0, 2.0)) if norms > 0 else 0.0
+    step = after.astype(np.float32) - before.astype(np.float32)
+    distances = 0.5 * np.einsum("rcf,rcf->rc", step, step)  # (rows, cols); exact also where they are tiny
+    return float(np.quantile(distances, 1.0 - SCENE_SHARE))
 
 
 def _pack_stream(stream: StreamEncoding) -> StreamSnapshot:
@@ -248,8 +256,8 @@ def _pack_stream(stream: StreamEncoding) -> StreamSnapshot:
     }
     arrays = {**stream.sampler.to_tensors(), **stream.pending.to_tensors()}
     arrays |= {f"model/{k}": v.cpu().numpy() for k, v in stream.model_state.to_tensors().items()}
-    if stream.feature is not None:
-        arrays["feature"] = stream.feature
+    if stream.look is not None:
+        arrays["look"] = stream.look
     return StreamSnapshot(header, arrays)
 
 
@@ -271,5 +279,5 @@ def _unpack_stream(snapshot: StreamSnapshot, device: Any) -> StreamEncoding:
         pending=FrameChunk.from_snapshot(header["pending"], arrays),
         model_state=StreamState.from_tensors(model).to(device),
         next_chunk_index=header["next_chunk_index"],
-        feature=arrays.get("feature"),
+        look=arrays.get("look"),
     )

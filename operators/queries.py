@@ -103,6 +103,7 @@ class StandingQuery(_Section):
     window_s: float | None = Field(
         None, gt=0, le=86_400, description="Length of a window, counted from the session's start; 10 unless scenes."
     )
+    scenes: bool = Field(False, description="Windows are the stream's scenes instead, as far as `scenes:` allows.")
     token_budget: int = Field(256, ge=1, le=1_000_000, description="Video tokens given to the LLM a window.")
     token_policy: Literal["recent", "uniform", "global_local", "changes"] = Field(
         "uniform", description="How they are chosen."
@@ -120,7 +121,7 @@ class StandingQuery(_Section):
         data = dict(data)
         if isinstance(data.get("streams"), str):
             data["streams"] = [data["streams"]]
-        if data.get("window_s") is None:
+        if data.get("window_s") is None and not data.get("scenes"):
             data["window_s"] = DEFAULT_WINDOW_S
         if data.get("kind") == "alert" and data.get("condition") is None:
             data["condition"] = {"answer": "yes"}
@@ -137,13 +138,15 @@ class StandingQuery(_Section):
     def _fits_its_kind(self) -> StandingQuery:
         if self.kind == "alert" and "prompt" not in self.model_fields_set:
             raise ValueError("an alert needs a prompt: the question that is asked, such as 'Does anybody enter?'")
+        if self.scenes and self.window_s is not None:
+            raise ValueError("windows are either of window_s or scenes; leave one of them out")
         if self.kind == "caption" and self.condition is not None:
             raise ValueError("a caption has no condition; leave it out, or make it kind: alert")
         return self
 
     @property
     def window_ns(self) -> int:
-        """Return the length of its windows."""
+        """Return the length of its windows, where they are not scenes."""
         assert self.window_s is not None
         return round(self.window_s * 1e9)
 

@@ -234,7 +234,7 @@ class Chunk:
     end_ns: int  # grid time of its last frame plus one grid step
     session_start_ns: int
     n_frames: int
-    scene_score: float  # distance of its features from the chunk before, 0 to 2; nan for the first
+    scene_score: float  # how much most of the picture differs from the chunk before, 0 to 2; nan for the first
     topic: str
     partition: int
     offset: int  # of the record that completed it

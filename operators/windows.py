@@ -4,6 +4,9 @@ Window k of a session is ``[session_start + k * window, session_start + (k + 1) 
 window that its first frame lies in. A window closes when a chunk of a later one arrives, or when its session ends:
 by the stream's own times alone, so that a replay closes the same windows with the same chunks.
 
+Windows may be scenes instead (`scenes`): one begins where the detector says, which for the chunk before the newest one
+is known only when that has come.
+
 A window is asked about as its query was when it began. A query that is new, or changed, waits for the next window's
 start: half a window would be answered as if it were a whole one.
 """
@@ -15,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from .queries import StandingQuery
 from .rows import Chunk
+from .scenes import SceneCuts
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,14 @@ class OpenWindow:
     session: str
     window_index: int
     chunks: tuple[Chunk, ...]
-    joined: bool = False  # the query came in its midst: it is waited out, without its chunks
+    joined: bool = False  # the query came in its midst: it is waited out, and not asked about
+
+    @property
+    def origin_ns(self) -> int:
+        """Time that the chunks' times are told from: where the window begins."""
+        if self.query.scenes:
+            return self.start_ns
+        return self.chunks[0].session_start_ns + self.window_index * self.query.window_ns
 
     @property
     def start_ns(self) -> int:
@@ -42,7 +53,7 @@ Windows = Mapping[str, OpenWindow]  # of one stream, by the query's id
 
 
 def add_chunk(
-    windows: Windows, chunk: Chunk, queries: Mapping[str, StandingQuery]
+    windows: Windows, chunk: Chunk, queries: Mapping[str, StandingQuery], cuts: SceneCuts = SceneCuts()
 ) -> tuple[dict[str, OpenWindow], list[OpenWindow]]:
     """Take one stream's next chunk.
 
@@ -50,6 +61,7 @@ def add_chunk(
         windows: Those that are open, none at the stream's first chunk.
         chunk: The next of its stream.
         queries: In force for this stream now, by id. One that is missing finishes its window, and begins no other.
+        cuts: Where its scenes begin.
 
     Returns:
         The windows that are open after `chunk`, and those that it closed, in the order of the queries.
@@ -57,15 +69,17 @@ def add_chunk(
     after: dict[str, OpenWindow] = {}
     closed: list[OpenWindow] = []
     for query_id in dict.fromkeys((*queries, *windows)):
-        window = windows.get(query_id)
-        if window is not None and _belongs(chunk, window):
-            after[query_id] = window if window.joined else replace(window, chunks=(*window.chunks, chunk))
+        window, query = windows.get(query_id), queries.get(query_id)
+        if window is not None and window.query.scenes and window.session == chunk.session:
+            window, full = _cut(window, query, cuts)
+            closed += full
+        if window is not None and _belongs(chunk, window, cuts):
+            after[query_id] = _with(window, chunk)
             continue
         if window is not None and not window.joined:
             closed.append(window)
-        query = queries.get(query_id)
         if query is not None:
-            after[query_id] = _begin(query, chunk, window)
+            after[query_id] = _begin(query, chunk, window, cuts)
     return after, closed
 
 
@@ -75,7 +89,29 @@ def close_session(windows: Windows, session: str) -> tuple[dict[str, OpenWindow]
     return after, [w for w in windows.values() if w.session == session and not w.joined]
 
 
-def _belongs(chunk: Chunk, window: OpenWindow) -> bool:
+def _cut(
+    window: OpenWindow, query: StandingQuery | None, cuts: SceneCuts
+) -> tuple[OpenWindow | None, list[OpenWindow]]:
+    """Return what is open of a scene, and what a cut before its newest chunk closed."""
+    if not cuts.previous:
+        return window, []
+    full = replace(window, chunks=window.chunks[:-1])
+    closed = [full] if full.chunks and not full.joined else []
+    if query is None or not query.scenes:
+        return None, closed
+    return OpenWindow(query, window.session, window.window_index + 1, window.chunks[-1:]), closed
+
+
+def _with(window: OpenWindow, chunk: Chunk) -> OpenWindow:
+    if not window.joined:
+        return replace(window, chunks=(*window.chunks, chunk))
+    # Of what is not asked about, a scene keeps the one chunk that may turn out to begin the next.
+    return replace(window, chunks=(chunk,)) if window.query.scenes else window
+
+
+def _belongs(chunk: Chunk, window: OpenWindow, cuts: SceneCuts) -> bool:
+    if window.query.scenes:
+        return window.session == chunk.session and not cuts.here
     return (window.session, window.window_index) == (chunk.session, _index(window.query, chunk))
 
 
@@ -83,9 +119,12 @@ def _index(query: StandingQuery, chunk: Chunk) -> int:
     return (chunk.start_ns - chunk.session_start_ns) // query.window_ns
 
 
-def _begin(query: StandingQuery, chunk: Chunk, before: OpenWindow | None) -> OpenWindow:
+def _begin(query: StandingQuery, chunk: Chunk, before: OpenWindow | None, cuts: SceneCuts) -> OpenWindow:
     """Return the window that `chunk` is in, joined where it cannot be its first."""
-    follows = before is not None and before.session == chunk.session and before.query.window_ns == query.window_ns
+    if query.scenes:
+        index = before.window_index + 1 if before is not None and before.session == chunk.session else 0
+        return OpenWindow(query, chunk.session, index, (chunk,), joined=not (cuts.here or chunk.chunk_index == 0))
+    follows = before is not None and before.session == chunk.session and before.query.window_s == query.window_s
     into_ns = (chunk.start_ns - chunk.session_start_ns) % query.window_ns
     first = follows or chunk.chunk_index == 0 or into_ns < chunk.end_ns - chunk.start_ns
     return OpenWindow(query, chunk.session, _index(query, chunk), (chunk,) if first else (), joined=not first)

@@ -26,6 +26,7 @@ from ..operators.encode import Encode
 from ..operators.errors import OrderError
 from ..operators.rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, Result, Row, rows_of
 from ..operators.sampling import GridSpec
+from ..operators.scenes import SceneSpec
 from . import kafka_source
 from .checkpoint import LaneStart
 from .endless_dataset import actor_step, build_dataset, lane_context
@@ -100,6 +101,12 @@ def grid_of(settings: Settings) -> GridSpec:
     return GridSpec(settings.sampling.fps, round(settings.sampling.max_hold_s * 1e9))
 
 
+def scenes_of(settings: Settings) -> SceneSpec:
+    """Return how the settings tell scenes apart."""
+    scenes = settings.scenes
+    return SceneSpec(round(scenes.min_s * 1e9), round(scenes.max_s * 1e9), scenes.sensitivity)
+
+
 def lane_dataset(plan: LanePlan) -> Dataset:
     """Return the whole lane up to the commit; reads the states that it starts from."""
     settings = plan.settings
@@ -136,6 +143,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "read_queries": QueryRegistry(plan.start.root).for_lanes,
         "ask": LlmClient(settings.llm.timeout_s),
         "model_name": plan.model_name,
+        "scenes": scenes_of(settings),
         "snapshots": snapshots_of(annotate_step.STEP_NAME),
     }
     return build_dataset(

@@ -84,6 +84,22 @@ class SamplingSettings(_Section):
         return value
 
 
+class SceneSettings(_Section):
+    """Where the scenes of a stream begin, for queries with `scenes: true`."""
+
+    min_s: float = Field(4.0, ge=0, le=86_400, description="A scene is at least so long.")
+    max_s: float = Field(60.0, gt=0, le=86_400, description="After that the next one begins, also without a cut.")
+    sensitivity: float = Field(
+        3.0, ge=0, le=100, description="How far a cut must stand out, in deviations; a smaller number finds more."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SceneSettings:
+        if self.min_s > self.max_s:
+            raise ValueError(f"min_s is {self.min_s:g} and max_s {self.max_s:g}; expected min_s to be the smaller one")
+        return self
+
+
 class ModelSettings(_Section):
     """The network that encodes and answers."""
 
@@ -222,6 +238,7 @@ class Settings(_Section):
     kafka: KafkaSettings = Field(default_factory=lambda: KafkaSettings.model_validate({}))
     output: OutputSettings = Field(default_factory=lambda: OutputSettings.model_validate({}))
     sampling: SamplingSettings = Field(default_factory=lambda: SamplingSettings.model_validate({}))
+    scenes: SceneSettings = Field(default_factory=lambda: SceneSettings.model_validate({}))
     model: ModelSettings = Field(default_factory=lambda: ModelSettings.model_validate({}))
     lanes: LaneSettings = Field(default_factory=lambda: LaneSettings.model_validate({}))
     llm: LlmSettings = Field(default_factory=lambda: LlmSettings.model_validate({}))

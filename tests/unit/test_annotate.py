@@ -17,9 +17,11 @@ from stormline.operators.rows import (
     block_of,
     rows_of,
 )
+from stormline.operators.scenes import SceneSpec
 
 SECOND_NS = 10**9
 START_NS = 1000 * SECOND_NS
+SCENES = SceneSpec(min_ns=4 * SECOND_NS, max_ns=6 * SECOND_NS, sensitivity=3.0)
 
 
 def query(id="caption", **fields):
@@ -31,7 +33,7 @@ def alert(id="alert", **fields):
 
 
 def Annotate(queries, ask, model_name, snapshots=None):  # noqa: N802 (the step, with a list of queries)
-    return annotate.Annotate(lambda: queries, ask, model_name, snapshots)
+    return annotate.Annotate(lambda: queries, ask, model_name, SCENES, snapshots)
 
 
 async def describe(prompt):
@@ -143,7 +145,7 @@ def test_rows_when_calls_start_out_of_order_then_state_and_answers_are_as_in_ord
 
 @pytest.mark.parametrize("cut", range(1, 7))
 def test_crash_when_resumed_from_a_barrier_then_as_if_nothing_had_happened(cut):
-    queries = [query("short", window_s=4), query("long", window_s=10)]
+    queries = [query("short", window_s=4), query("long", window_s=10), query("scene", window_s=None, scenes=True)]
     plan = [dict(index=i // 2, stream="ab"[i % 2], partition=i % 2, end=i >= 12) for i in range(14)]
     expected = answers(run(Annotate(queries, describe, "m"), [segment_row(i, **p) for i, p in enumerate(plan)]))
     first = [segment_row(i, **p) for i, p in enumerate(plan[: 2 * cut])]
@@ -275,7 +277,7 @@ def run_with_changes(queries, ask, stages):
     """Run stages of (change to make, rows), one step over all of them; return the rows of each."""
 
     async def scenario():
-        step = annotate.Annotate(queries, ask, "m")
+        step = annotate.Annotate(queries, ask, "m", SCENES)
         outs = []
         for change, rows in stages:
             change()
