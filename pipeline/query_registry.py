@@ -21,6 +21,7 @@ from ..operators.errors import SettingsError, StormlineError
 from ..operators.queries import StandingQuery
 from .durable_files import replace_file
 from .query_settings import Query
+from .result_tail import newest_cursor
 
 FILE_NAME = "queries.json"
 LOCK_NAME = ".queries.lock"
@@ -46,6 +47,7 @@ class StoredQuery(BaseModel):
     source: Literal["settings", "api"]
     created: datetime
     changed: datetime
+    since: str  # what was committed when it was made, or given other sinks: those get what comes after
 
 
 class _File(BaseModel):
@@ -169,7 +171,12 @@ class QueryRegistry:
         if old is not None and old.query == query:
             return old
         now = self._clock()
-        return StoredQuery(query=query, source=source, created=now if old is None else old.created, changed=now)
+        if old is not None and old.query.sinks == query.sinks:
+            return old.model_copy(update={"query": query, "changed": now})
+        since = str(newest_cursor(self._path.parent))
+        return StoredQuery(
+            query=query, source=source, created=now if old is None else old.created, changed=now, since=since
+        )
 
     @contextmanager
     def _change(self) -> Iterator[list[StoredQuery]]:

@@ -112,14 +112,15 @@ def check_sinks(query: Query, *, allow_private: bool, input_topics: Sequence[str
         )
     if sinks.webhook is not None and not allow_private:
         host = (split_url(sinks.webhook.url).hostname or "").rstrip(".").lower()
-        if host in LOCAL_NAMES or (_is_address(host) and not is_public(host)):
+        if host in LOCAL_NAMES or (is_address(host) and not is_public(host)):
             raise ValueError(
                 f"sinks.webhook.url: {host} is an address of this machine or of a private network; "
                 "delivery.allow_private=true in the settings lets webhooks go there"
             )
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
+    """Tell whether a host is an IP address rather than a name."""
     try:
         ip_address(host)
     except ValueError:

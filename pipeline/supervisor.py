@@ -113,6 +113,7 @@ class Supervisor:
         Raises:
             StormlineError: What could not start, or the lane that failed too often, and why.
         """
+        from .delivery import DeliveryThread
         from .output_lock import OutputLock
         from .query_registry import QueryRegistry
 
@@ -120,7 +121,7 @@ class Supervisor:
         with OutputLock(root), embedded_ray(self._settings, self._tell):
             QueryRegistry(root).take_settings(self._settings.queries)
             if not self._stop.is_set():
-                with self._services():
+                with self._services(), DeliveryThread(root, self._settings.delivery, self._settings.kafka):
                     self._watch(until_idle_s, on_status or (lambda status: None), on_ready or (lambda: None))
             self._phase = "stopped"
             return self.status()

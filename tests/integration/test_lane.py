@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -19,11 +20,15 @@ import torch
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
 
+from starlette.testclient import TestClient
+
 from stormline.models.loading import load_model
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.decode import decode_segment
 from stormline.operators.rows import SegmentMeta
 from stormline.operators.sampling import GridSpec
+from stormline.pipeline.front.app import Backend, build_app
+from stormline.pipeline.front.queries import QueryRules
 from stormline.pipeline.publish.publisher import publish_source
 from stormline.pipeline.supervisor import Supervisor
 
@@ -100,7 +105,7 @@ def comparable(rows):
 
 
 @pytest.fixture(scope="module")
-def whole_run(broker, services, records, tmp_path_factory):
+def whole_run(broker, services, records, queries, tmp_path_factory):
     """Run one undisturbed lane over both streams; return its settings."""
     from stormline.pipeline.settings import load_settings
 
@@ -113,7 +118,7 @@ def whole_run(broker, services, records, tmp_path_factory):
             "kafka.topics=[whole]",
             f"output.path={tmp_path_factory.mktemp('whole')}",
             "lanes.barrier_interval_s=0.3",
-            "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]",
+            queries,
         ],
     )
     run_until_idle(settings)
@@ -161,7 +166,7 @@ def concatenate(records):
 
 
 def test_lane_when_undisturbed_then_every_window_of_every_stream_is_captioned_once(whole_run):
-    results = table(whole_run, "results")
+    results = [r for r in table(whole_run, "results") if r["query_id"] == "caption"]
 
     by_stream = {s: [r for r in results if r["stream_id"] == s] for s in ("bikes", "shapes")}
     for stream, seconds in (("bikes", 10), ("shapes", 13)):
@@ -169,6 +174,39 @@ def test_lane_when_undisturbed_then_every_window_of_every_stream_is_captioned_on
         assert starts == [0.0, 4.0, 8.0, 12.0][: -(-seconds // 4)]
     assert all(r["answer"] and r["tokens_used"] > 0 and r["kind"] == "caption" for r in results)
     assert table(whole_run, "dead_letters") == []
+
+
+def occurrences(rows, stream):
+    """Return when "appears" began (True) and ceased (False) to hold, by the answers to each of its windows."""
+    told, held = [], False
+    for row in [r for r in rows if r["query_id"] == "watched" and r["stream_id"] == stream]:
+        holds = row["answer"].lower().startswith("yes")
+        if holds != held:
+            told.append((row["start_time"], holds, row["answer"]))
+        held = holds
+    return told
+
+
+def test_alert_when_it_holds_over_several_windows_then_one_row_for_each_occurrence(whole_run):
+    rows = table(whole_run, "results")
+
+    for stream in ("bikes", "shapes"):
+        alerts = [r for r in rows if r["query_id"] == "appears" and r["stream_id"] == stream]
+        assert [(r["start_time"], r["alert"], r["answer"]) for r in alerts] == occurrences(rows, stream)
+        assert {r["kind"] for r in alerts} <= {"alert"}
+    assert any(r["alert"] for r in rows), "the model never said yes, so that nothing was shown"
+
+
+def test_scenes_when_asked_about_then_they_follow_each_other_and_cover_the_stream(whole_run):
+    rows, tokens = table(whole_run, "results"), table(whole_run, "tokens")
+
+    for stream in ("bikes", "shapes"):
+        scenes = [
+            (r["start_time"], r["end_time"]) for r in rows if r["query_id"] == "scene" and r["stream_id"] == stream
+        ]
+        chunks = [r for r in tokens if r["stream_id"] == stream]
+        assert [start for start, _ in scenes] == [chunks[0]["start_time"], *(end for _, end in scenes[:-1])]
+        assert scenes[-1][1] == chunks[-1]["end_time"]
 
 
 def test_lane_when_committed_then_the_consumer_group_knows(whole_run, broker):
@@ -216,7 +254,7 @@ def stop_in_the_middle(settings, ray_address, before_stop):
         f"kafka.topics=[{settings.kafka.topics[0]}]",
         f"output.path={settings.output.path}",
         "lanes.barrier_interval_s=0.3",
-        "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]",
+        f"queries={json.dumps(settings.model_dump(mode='json')['queries'])}",
     ]
     for one in sets:
         command += ["--set", one]
@@ -361,3 +399,54 @@ def test_source_when_there_is_no_topic_then_the_error_names_those_there_are(brok
 
     with pytest.raises(SourceError, match=r"No topic nothere at .*; there: .*staging|No topic nothere"):
         Supervisor(make_settings("nothere")).run(until_idle_s=1.0)
+
+
+def api_of(settings):
+    """Return a client of the HTTP interface over the lane's own folder."""
+    rules = QueryRules(allow_private=settings.delivery.allow_private, input_topics=tuple(settings.kafka.topics))
+    backend = Backend(None, None, Path(settings.output.path), settings.serve, rules)
+    return TestClient(build_app(backend), base_url="http://localhost")
+
+
+def test_query_when_added_over_the_api_while_the_lane_runs_then_in_force_after_a_restart_too_and_sent_on(
+    broker, services, records, make_settings, receiver
+):
+    create_topic(broker, "asked", partitions=2)
+    settings = make_settings("asked", "out", "delivery.allow_private=true", "delivery.retry_wait_s=0.1")
+    parts = [
+        [r for r in records if int(dict(r.headers)["seq"]) in seqs] for seqs in (range(3), range(3, 8), range(8, 99))
+    ]
+    added = {
+        "id": "mine",
+        "kind": "alert",
+        "prompt": "Does anything appear?",
+        "window_s": 2,
+        "condition": {"matches": "."},  # whatever is answered: once for each stream
+        "max_new_tokens": 4,
+        "sinks": {"webhook": {"url": receiver.url}, "kafka": {"topic": "asked-alerts"}},
+    }
+    send(broker, "asked", parts[0])
+    client, sent = api_of(settings), []
+
+    def add_query(status):
+        if status.segments >= len(parts[0]) and not sent:
+            sent.append(client.post("/v1/queries", json=added).status_code)
+        elif len(sent) == 1 and status.idle_s > 1.0:  # three barriers later
+            sent.append(send(broker, "asked", parts[1]))
+
+    run_until_idle(settings, on_status=add_query, done=lambda status: len(sent) == 2)
+    first = [r for r in table(settings, "results") if r["query_id"] == "mine"]
+    send(broker, "asked", parts[2])
+    run_until_idle(settings)
+
+    mine = [r for r in table(settings, "results") if r["query_id"] == "mine"]
+    assert sent[0] == 201
+    assert len(first) == 2
+    assert mine == first, "an alert that holds on was told again after the restart"
+    assert {r["stream_id"] for r in mine} == {"bikes", "shapes"}
+    assert all(r["start_time"].timestamp() >= START_NS / 1e9 + 2 for r in mine), "it began before it was there"
+    ids = [json.loads(body)["id"] for _, body in receiver.got]
+    assert len(ids) == len(set(ids)) == 2
+    assert {json.loads(r.value)["id"] for r in read_all(broker, "asked-alerts")} == set(ids)
+    assert client.delete("/v1/queries/mine").status_code == 200
+    assert [q["id"] for q in client.get("/v1/queries").json()["data"]] == [q.id for q in settings.queries]
