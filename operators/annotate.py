@@ -251,7 +251,7 @@ async def _pack_stream(stream: _Stream) -> StreamSnapshot:
                 "query": window.query.model_dump(mode="json"),
                 "session": window.session,
                 "window_index": window.window_index,
-                "joined": window.joined,
+                "passed": window.passed,
                 "chunks": [place[c.session, c.chunk_index] for c in window.chunks],
             }
             for window in stream.windows.values()
@@ -276,7 +276,7 @@ def _unpack_stream(snapshot: StreamSnapshot) -> _Stream:
     for w in header["windows"]:
         query = StandingQuery.model_validate(w["query"])
         mine = tuple(chunks[i] for i in w["chunks"])
-        stream.windows[query.id] = OpenWindow(query, w["session"], w["window_index"], mine, w["joined"])
+        stream.windows[query.id] = OpenWindow(query, w["session"], w["window_index"], mine, w["passed"])
     for definition in header["alerts"]:
         query = StandingQuery.model_validate(definition)
         stream.alerts[query.id] = _Judged(query, None)

@@ -37,6 +37,11 @@ class AlertCondition(_Section):
         None, min_length=1, max_length=500, description="A regular expression (RE2) finds something; (?i) for any case."
     )
 
+    @field_validator("answer", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        return value if not isinstance(value, bool) else "yes" if value else "no"  # what YAML makes of a bare yes
+
     @field_validator("answer")
     @classmethod
     def _has_words(cls, value: str | None) -> str | None:

@@ -1,8 +1,9 @@
 """Windows of standing queries: which chunks belong together, and when a window is whole.
 
 Window k of a session is ``[session_start + k * window, session_start + (k + 1) * window)``. A chunk belongs to the
-window that its first frame lies in. A window closes when a chunk of a later one arrives, or when its session ends:
-by the stream's own times alone, so that a replay closes the same windows with the same chunks.
+window that its first frame lies in. A window closes with the chunk that reaches its end, or when a chunk of a later one
+arrives, or when its session ends: by the stream's own times alone, so that a replay closes the same windows with the
+same chunks.
 
 Windows may be scenes instead (`scenes`): one begins where the detector says, which for the chunk before the newest one
 is known only when that has come.
@@ -29,7 +30,7 @@ class OpenWindow:
     session: str
     window_index: int
     chunks: tuple[Chunk, ...]
-    joined: bool = False  # the query came in its midst: it is waited out, and not asked about
+    passed: bool = False  # it is waited out: it was asked about already, or the query came in its midst
 
     @property
     def origin_ns(self) -> int:
@@ -74,19 +75,22 @@ def add_chunk(
             window, full = _cut(window, query, cuts)
             closed += full
         if window is not None and _belongs(chunk, window, cuts):
-            after[query_id] = _with(window, chunk)
-            continue
-        if window is not None and not window.joined:
+            window = _with(window, chunk)
+        else:
+            closed += [window] if window is not None and not window.passed else []
+            window = None if query is None else _begin(query, chunk, window, cuts)
+        if window is not None and not window.passed and _is_full(window):
             closed.append(window)
-        if query is not None:
-            after[query_id] = _begin(query, chunk, window, cuts)
+            window = replace(window, chunks=(), passed=True)
+        if window is not None:
+            after[query_id] = window
     return after, closed
 
 
 def close_session(windows: Windows, session: str) -> tuple[dict[str, OpenWindow], list[OpenWindow]]:
     """Return what is open after `session` has ended, and the windows that its end closed."""
     after = {query_id: window for query_id, window in windows.items() if window.session != session}
-    return after, [w for w in windows.values() if w.session == session and not w.joined]
+    return after, [w for w in windows.values() if w.session == session and not w.passed]
 
 
 def _cut(
@@ -96,14 +100,14 @@ def _cut(
     if not cuts.previous:
         return window, []
     full = replace(window, chunks=window.chunks[:-1])
-    closed = [full] if full.chunks and not full.joined else []
+    closed = [full] if full.chunks and not full.passed else []
     if query is None or not query.scenes:
         return None, closed
     return OpenWindow(query, window.session, window.window_index + 1, window.chunks[-1:]), closed
 
 
 def _with(window: OpenWindow, chunk: Chunk) -> OpenWindow:
-    if not window.joined:
+    if not window.passed:
         return replace(window, chunks=(*window.chunks, chunk))
     # Of what is not asked about, a scene keeps the one chunk that may turn out to begin the next.
     return replace(window, chunks=(chunk,)) if window.query.scenes else window
@@ -115,16 +119,21 @@ def _belongs(chunk: Chunk, window: OpenWindow, cuts: SceneCuts) -> bool:
     return (window.session, window.window_index) == (chunk.session, _index(window.query, chunk))
 
 
+def _is_full(window: OpenWindow) -> bool:
+    """Tell whether no later chunk can belong to it: chunks of a session do not overlap."""
+    return not window.query.scenes and window.end_ns >= window.origin_ns + window.query.window_ns
+
+
 def _index(query: StandingQuery, chunk: Chunk) -> int:
     return (chunk.start_ns - chunk.session_start_ns) // query.window_ns
 
 
 def _begin(query: StandingQuery, chunk: Chunk, before: OpenWindow | None, cuts: SceneCuts) -> OpenWindow:
-    """Return the window that `chunk` is in, joined where it cannot be its first."""
+    """Return the window that `chunk` is in; one that cannot be its first finds it half over, and waits it out."""
     if query.scenes:
         index = before.window_index + 1 if before is not None and before.session == chunk.session else 0
-        return OpenWindow(query, chunk.session, index, (chunk,), joined=not (cuts.here or chunk.chunk_index == 0))
+        return OpenWindow(query, chunk.session, index, (chunk,), passed=not (cuts.here or chunk.chunk_index == 0))
     follows = before is not None and before.session == chunk.session and before.query.window_s == query.window_s
     into_ns = (chunk.start_ns - chunk.session_start_ns) % query.window_ns
     first = follows or chunk.chunk_index == 0 or into_ns < chunk.end_ns - chunk.start_ns
-    return OpenWindow(query, chunk.session, _index(query, chunk), (chunk,) if first else (), joined=not first)
+    return OpenWindow(query, chunk.session, _index(query, chunk), (chunk,) if first else (), passed=not first)

@@ -53,7 +53,8 @@ def run(
 
       output:  {path: /data/out}
 
-      queries: [{id: caption, streams: "gate-*", prompt: "Describe what happens.", window_s: 10}]
+      queries: [{id: caption, streams: "gate-*", prompt: "Describe what happens.", window_s: 10},
+               {id: smoke, kind: alert, prompt: "Is there smoke?", window_s: 4, sinks: {kafka: {topic: alerts}}}]
     """
     import yaml
     from rich.console import Console

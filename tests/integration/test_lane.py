@@ -19,7 +19,6 @@ import pytest
 import torch
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
-
 from starlette.testclient import TestClient
 
 from stormline.models.loading import load_model

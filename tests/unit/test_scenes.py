@@ -156,7 +156,7 @@ def test_windows_when_a_scene_query_changes_to_seconds_and_back_then_none_is_los
     back, _ = windows_of(chunks, lambda i: {"q": fixed if i < 4 else scene_query()})
 
     assert closed[0] == [0, 1, 2, 3, 4, 5]  # as it began
-    assert closed[1:] == [[8, 9], [10, 11], [12, 13], [14, 15]]
+    assert closed[1:] == [[8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     assert back == [[0, 1], [2, 3], [6, 7, 8, 9, 10, 11]]
 
 
