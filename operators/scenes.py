@@ -96,7 +96,7 @@ def _threshold(state: SceneState, spec: SceneSpec) -> float:
 
 
 def _remember(state: SceneState, spec: SceneSpec) -> SceneState:
-    """Take the newest distance into mean and deviation; a cut's counts no more than the threshold, or it hides others."""
+    """Take the newest distance into mean and deviation; a cut counts no more than the threshold."""
     if math.isnan(state.score):
         return state
     value = min(state.score, _threshold(state, spec)) if state.n >= WARM_UP_CHUNKS else state.score

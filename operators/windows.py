@@ -50,11 +50,12 @@ class OpenWindow:
         return self.chunks[-1].end_ns
 
 
+NO_CUTS = SceneCuts()
 Windows = Mapping[str, OpenWindow]  # of one stream, by the query's id
 
 
 def add_chunk(
-    windows: Windows, chunk: Chunk, queries: Mapping[str, StandingQuery], cuts: SceneCuts = SceneCuts()
+    windows: Windows, chunk: Chunk, queries: Mapping[str, StandingQuery], cuts: SceneCuts = NO_CUTS
 ) -> tuple[dict[str, OpenWindow], list[OpenWindow]]:
     """Take one stream's next chunk.
 

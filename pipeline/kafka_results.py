@@ -56,13 +56,10 @@ class KafkaResultSender:
 
         with self._lock:
             if self._producer is None:
-                self._producer = KafkaProducer(
-                    acks="all",
-                    enable_idempotence=True,
-                    max_block_ms=round(self._timeout_s * 1000),
-                    bootstrap_timeout_ms=round(self._timeout_s * 1000),
-                    **client_options(self._kafka),
-                )
+                timeout_ms = round(self._timeout_s * 1000)
+                options: dict[str, Any] = {"bootstrap_timeout_ms": timeout_ms, "max_block_ms": timeout_ms}
+                options |= client_options(self._kafka)
+                self._producer = KafkaProducer(acks="all", enable_idempotence=True, **options)
             return self._producer
 
     def close(self) -> None:

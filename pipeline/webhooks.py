@@ -22,7 +22,7 @@ from .secret_references import resolve_secret
 
 if TYPE_CHECKING:
     import aiohttp
-    from aiohttp.abc import ResolveResult
+    from aiohttp.abc import AbstractResolver, ResolveResult
 
 SECRET_PREFIX = "whsec_"
 AGAIN = frozenset((408, 425, 429))  # statuses below 500 that say: not now
@@ -138,7 +138,7 @@ def _private(host: str) -> DeliveryError:
     )
 
 
-def _public_resolver() -> aiohttp.abc.AbstractResolver:
+def _public_resolver() -> AbstractResolver:
     """Return a resolver that knows public addresses alone.
 
     The connection is made to just what it returns, so that a name cannot stand for another address a moment later.

@@ -75,7 +75,7 @@ def services(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="session")
 def queries() -> str:
     """Return a lane's standing queries: captions, an alert with a caption of each of its windows, and scenes."""
-    ask = "prompt: Does anything appear?, window_s: 2, max_new_tokens: 4"
+    ask = "prompt: 'Does anything appear?', window_s: 2, max_new_tokens: 4"
     return (
         "queries=[{id: caption, window_s: 4, max_new_tokens: 8}, {id: scene, scenes: true, max_new_tokens: 8}, "
         f"{{id: appears, kind: alert, {ask}}}, {{id: watched, {ask}}}]"

@@ -56,7 +56,7 @@ def test_window_when_a_chunk_straddles_its_end_then_belongs_to_where_it_begins()
 
 
 def test_window_when_its_end_never_comes_then_closes_with_a_chunk_of_a_later_one():
-    closed, still_open = closed_windows([chunk(0, 0), chunk(1, 2), chunk(2, 5), chunk(3, 9)], window_s=6)
+    closed, _ = closed_windows([chunk(0, 0), chunk(1, 2), chunk(2, 5), chunk(3, 9)], window_s=6)
 
     assert indices(closed) == [[0, 1, 2]]
     closed, _ = closed_windows([chunk(0, 0), chunk(1, 2), chunk(2, 9), chunk(3, 11)], window_s=6)
