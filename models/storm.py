@@ -457,7 +457,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             features = rearrange(patches, "(b t) (r c) f -> b t r c f", b=n_streams, r=grid)
         mean = reduce(features.float(), "b t r c f -> b f r c", "mean")
         looks = F.adaptive_avg_pool2d(mean, tuple(min(side, LOOK_GRID) for side in mean.shape[-2:]))
-        return F.normalize(rearrange(looks, "b f r c -> b r c f"), dim=-1).to(torch.float16).cpu()
+        # Contiguous, as from a snapshot: sums over another layout round differently.
+        return F.normalize(rearrange(looks, "b f r c -> b r c f"), dim=-1).to(torch.float16).cpu().contiguous()
 
     def _mix_and_pool(self, features: Tensor, state: TemporalState | None) -> tuple[Tensor, TemporalState]:
         """Project, mix over time and pool: (B, T, rows, cols, f) → (B, n_tokens, d_model), on the grid of chunks."""

@@ -433,14 +433,16 @@ def test_query_when_added_over_the_api_while_the_lane_runs_then_in_force_after_a
         elif len(sent) == 1 and status.idle_s > 1.0:  # three barriers later
             sent.append(send(broker, "asked", parts[1]))
 
-    run_until_idle(settings, on_status=add_query, done=lambda status: len(sent) == 2)
-    first = [r for r in table(settings, "results") if r["query_id"] == "mine"]
+    def told():
+        return [r for r in table(settings, "results") if r["query_id"] == "mine"]
+
+    run_until_idle(settings, on_status=add_query, done=lambda status: len(sent) == len(told()) == 2)
+    first = told()
     send(broker, "asked", parts[2])
     run_until_idle(settings)
 
-    mine = [r for r in table(settings, "results") if r["query_id"] == "mine"]
+    mine = told()
     assert sent[0] == 201
-    assert len(first) == 2
     assert mine == first, "an alert that holds on was told again after the restart"
     assert {r["stream_id"] for r in mine} == {"bikes", "shapes"}
     assert all(r["start_time"].timestamp() >= START_NS / 1e9 + 2 for r in mine), "it began before it was there"

@@ -243,6 +243,7 @@ def test_look_when_scenes_differ_then_it_differs_more_than_within_one(model):
     a, b, c = (model.encode_chunks(frames[:, i : i + 4], states)[0].look for i in (0, 4, 8))
 
     assert (a.dtype, a.shape) == (torch.float16, (6, 6, 32))
+    assert a.is_contiguous(), "a snapshot gives it back so, and its distances would round differently"
     torch.testing.assert_close(a.float().norm(dim=-1), torch.ones(6, 6), atol=2e-3, rtol=0)
     assert torch.equal(a, b)
     assert (a.float() * c.float()).sum(-1).median() < 0.99
