@@ -7,18 +7,24 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from ..query_settings import Query
 from .api_errors import ErrorBody
 from .chat_request import ChatBody
 
 _REFERENCE = "#/components/schemas/{model}"
 _VALIDATION = ("HTTPValidationError", "ValidationError")  # FastAPI's own form of errors, which is never given
 CHAT_PATH = "/v1/chat/completions"
+_BODIES: dict[tuple[str, str], Any] = {  # which are read by hand
+    (CHAT_PATH, "post"): ChatBody,
+    ("/v1/queries", "post"): Query,
+    ("/v1/queries/{query_id}", "put"): Query,
+}
 
 
 def describe_with(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """Return a function for `app.openapi` that adds to the application's own description.
 
-    That is the body of chat completions, which is read by hand, the form of errors, and the key.
+    That is the bodies that are read by hand, the form of errors, and the key.
     """
     described = app.openapi
 
@@ -33,7 +39,7 @@ def describe_with(app: FastAPI) -> Callable[[], dict[str, Any]]:
 def _completed(description: dict[str, Any]) -> dict[str, Any]:
     components = description.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    for model in (ChatBody, ErrorBody):
+    for model in {ErrorBody, *_BODIES.values()}:
         schema = model.model_json_schema(ref_template=_REFERENCE)
         schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -42,8 +48,9 @@ def _completed(description: dict[str, Any]) -> dict[str, Any]:
     for operation in _operations(description):
         operation["responses"].pop("422", None)
         operation["responses"]["default"] = error
-    body = {"required": True, "content": {"application/json": {"schema": _ref(ChatBody)}}}
-    description["paths"][CHAT_PATH]["post"]["requestBody"] = body
+    for (path, method), model in _BODIES.items():
+        body = {"required": True, "content": {"application/json": {"schema": _ref(model)}}}
+        description["paths"][path][method]["requestBody"] = body
     for name in _VALIDATION:
         schemas.pop(name, None)
     return description

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ...operators.errors import SettingsError
 from ..query_registry import QueryConflictError, QueryNotFoundError, QueryRegistry, StoredQuery
 from ..query_settings import Query, check_sinks
-from .api_errors import ApiError
+from .api_errors import ApiError, error_answers
 from .bodies import read_json
 from .chat_request import bad_request
 
@@ -36,24 +36,24 @@ def query_routes(registry: QueryRegistry, rules: QueryRules) -> APIRouter:
     """Return the routes below ``/v1/queries``."""
     routes = APIRouter()
 
-    @routes.get("/v1/queries")
+    @routes.get("/v1/queries", responses=error_answers(500))
     async def list_queries() -> dict[str, Any]:
         """List the standing queries: those of the settings, and those that were added here."""
         stored = await _in_thread(registry.stored)
         return {"object": "list", "data": [_shown(each) for each in stored]}
 
-    @routes.post("/v1/queries", status_code=201)
+    @routes.post("/v1/queries", status_code=201, responses=error_answers(400, 409, 413, 415, 500))
     async def add_query(request: Request) -> dict[str, Any]:
         """Add a standing query; see the README for its fields."""
         query = read_query(await read_json(request), rules)
         return _shown(await _in_thread(registry.add, query))
 
-    @routes.get("/v1/queries/{query_id}")
+    @routes.get("/v1/queries/{query_id}", responses=error_answers(404, 500))
     async def show_query(query_id: str) -> dict[str, Any]:
         """Show a standing query."""
         return _shown(await _in_thread(registry.get, query_id))
 
-    @routes.put("/v1/queries/{query_id}")
+    @routes.put("/v1/queries/{query_id}", responses=error_answers(400, 404, 409, 413, 415, 500))
     async def change_query(query_id: str, request: Request) -> dict[str, Any]:
         """Put a standing query in the place of the one of this id. What is left out is as if it were new."""
         body = await read_json(request)
@@ -63,7 +63,7 @@ def query_routes(registry: QueryRegistry, rules: QueryRules) -> APIRouter:
             body["id"] = query_id
         return _shown(await _in_thread(registry.replace, read_query(body, rules)))
 
-    @routes.delete("/v1/queries/{query_id}")
+    @routes.delete("/v1/queries/{query_id}", responses=error_answers(404, 409, 500))
     async def remove_query(query_id: str) -> dict[str, Any]:
         """Remove a standing query. Its results stay; what of them is not sent yet is not sent any more."""
         await _in_thread(registry.remove, query_id)
