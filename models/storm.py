@@ -456,7 +456,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             patches = patches[:, patches.shape[1] - grid * grid :]  # without class tokens, which come first
             features = rearrange(patches, "(b t) (r c) f -> b t r c f", b=n_streams, r=grid)
         mean = reduce(features.float(), "b t r c f -> b f r c", "mean")
-        looks = F.adaptive_avg_pool2d(mean, tuple(min(side, LOOK_GRID) for side in mean.shape[-2:]))
+        looks = F.adaptive_avg_pool2d(mean, (min(mean.shape[-2], LOOK_GRID), min(mean.shape[-1], LOOK_GRID)))
         # Contiguous, as from a snapshot: sums over another layout round differently.
         return F.normalize(rearrange(looks, "b f r c -> b r c f"), dim=-1).to(torch.float16).cpu().contiguous()
 
