@@ -111,6 +111,13 @@ class QueryRegistry:
             raise SettingsError(f"{self._path} is gone; it comes back at the next start, without the API's queries")
         return [stored.query.for_lanes() for stored in self.stored()]
 
+    def hidden(self) -> frozenset[str]:
+        """Return the queries whose results are not for the event stream; none where the file cannot be read."""
+        try:
+            return frozenset(each.query.id for each in self.stored() if not each.query.sinks.events)
+        except SettingsError:
+            return frozenset()
+
     def take_settings(self, queries: Sequence[Query]) -> None:
         """Have the settings' queries in place of those that an earlier run's settings had.
 

@@ -87,9 +87,10 @@ def build_app(backend: Backend) -> FastAPI:
         return StreamingResponse(prepend(first, events), media_type="text/event-stream", headers=NO_BUFFER)
 
     app.include_router(stream_routes(backend.source, backend.out))
-    events = EventSource(ResultFeed(backend.out), backend.limits.max_listeners)
+    registry = QueryRegistry(backend.out)
+    events = EventSource(ResultFeed(backend.out), backend.limits.max_listeners, hidden=registry.hidden)
     app.include_router(event_routes(events, backend.out))
-    app.include_router(query_routes(QueryRegistry(backend.out), backend.rules))
+    app.include_router(query_routes(registry, backend.rules))
     app.include_router(page_routes())
     app.add_exception_handler(ApiError, _say_api_error)
     app.add_exception_handler(HTTPException, _say_http_error)

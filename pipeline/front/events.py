@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -56,6 +56,7 @@ class EventSource:
         max_listeners: At once.
         keep_alive_s: After so long without an event there is a comment, and the place so far.
         max_bytes: Of one connection, see `MAX_CONNECTION_BYTES`.
+        hidden: Gives the ids of queries whose results nobody is told of here.
         clock_s: Any clock that only goes forward.
     """
 
@@ -66,12 +67,14 @@ class EventSource:
         *,
         keep_alive_s: float = KEEP_ALIVE_S,
         max_bytes: int = MAX_CONNECTION_BYTES,
+        hidden: Callable[[], Collection[str]] = tuple,
         clock_s: Callable[[], float] = time.monotonic,
     ):
         self._feed = feed
         self._max_listeners = max_listeners
         self._keep_alive_s = keep_alive_s
         self._max_bytes = max_bytes
+        self._hidden = hidden
         self._clock_s = clock_s
         self._n_listeners = 0
 
@@ -102,12 +105,15 @@ class EventSource:
         finally:
             self._n_listeners -= 1
 
+    def _hides(self, event: ResultEvent) -> bool:
+        return event.values["query_id"] in self._hidden()
+
     async def _pieces(self, after: Cursor, wanted: EventFilter) -> AsyncGenerator[str]:
         told_s = self._clock_s()
         async with aclosing(self._feed.listen(after, idle_s=self._keep_alive_s)) as items:
             async for item in items:
                 place = item if isinstance(item, Cursor) else item.cursor
-                if isinstance(item, ResultEvent) and wanted.wants(item):
+                if isinstance(item, ResultEvent) and wanted.wants(item) and not self._hides(item):
                     data = json.dumps(item.to_json(), ensure_ascii=False)
                     yield f"id: {place}\nevent: {item.values['kind']}\ndata: {data}\n\n"
                 elif self._clock_s() - told_s >= self._keep_alive_s or isinstance(item, Cursor):

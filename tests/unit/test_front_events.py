@@ -15,6 +15,8 @@ from stormline.pipeline.front.api_errors import ApiError
 from stormline.pipeline.front.app import Backend, build_app
 from stormline.pipeline.front.events import EventFilter, EventSource
 from stormline.pipeline.front.streams import LIVE_S, describe
+from stormline.pipeline.query_registry import QueryRegistry
+from stormline.pipeline.query_settings import Query
 from stormline.pipeline.result_feed import ResultFeed
 from stormline.pipeline.result_tail import Cursor, newest_cursor
 from stormline.pipeline.settings import ServeSettings
@@ -85,6 +87,28 @@ def test_events_when_nothing_comes_then_a_comment_with_the_place(tmp_path):
             return pieces
 
     assert parse(asyncio.run(follow())) == []
+
+
+def test_events_when_a_query_asks_for_none_then_nobody_is_told_of_its_results(tmp_path):
+    lanes = Lanes(tmp_path)
+    registry = QueryRegistry(tmp_path)
+    registry.add(Query.model_validate({"id": "q", "sinks": {"events": False}}))
+    source = EventSource(ResultFeed(tmp_path, poll_s=0), 1, keep_alive_s=0, hidden=registry.hidden)
+
+    async def follow():
+        async with aclosing(source.lines(Cursor(), EventFilter())) as lines:
+            await take(lines, 2)
+            lanes.commit(3)
+            place, pieces = newest_cursor(tmp_path), []
+            while not pieces or pieces[-1] != f": still here\nid: {place}\n\n":
+                pieces.append(await anext(lines))
+            registry.remove("q")
+            lanes.commit(1)
+            while "data: " not in pieces[-1]:
+                pieces.append(await anext(lines))
+            return pieces
+
+    assert len(parse(asyncio.run(follow()))) == 1
 
 
 def test_events_when_a_connection_has_carried_enough_then_it_ends_and_the_next_goes_on(tmp_path):
