@@ -12,6 +12,8 @@ import av
 import numpy as np
 import pytest
 
+from stormline.models.loading import load_model
+from stormline.models.training.evaluate import stream_clip
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.pictures import make_jpeg
 from stormline.operators.rows import Chunk, LaneNews, Picture, Position, Result
@@ -46,6 +48,8 @@ class Streams:
 
     def __init__(self, root):
         recovery = recover(root, lanes=1, identity=IDENTITY)
+        frames = ShapesWorld(ShapesSpec(seed=3, size_px=64)).render_many(np.arange(32) / 2)
+        self._tokens = [chunk.tokens for chunk in stream_clip(load_model(None, device="cpu"), frames)]
         self._writer = EpochWriter(recovery.for_lane(0, (("page", 0),)), model="m", identity=IDENTITY)
         self._now_s = int(time.time()) - 120
         self._offset = 0
@@ -55,7 +59,7 @@ class Streams:
         chunks, pictures = [], {}
         for seed, name in enumerate(("page-gate", HOSTILE)):
             for start_s in range(self._now_s, self._now_s + seconds, 2):
-                tokens = np.random.default_rng(start_s).normal(size=(16, 192)).astype(np.float16)
+                tokens = self._tokens[start_s % len(self._tokens)]
                 at_ns = start_s * S_NS
                 chunks.append(Chunk(name, "s", start_s, at_ns, at_ns + 2 * S_NS, 0, 4, 0.5, "page", 0, 0, 0, tokens))
             image = ShapesWorld(ShapesSpec(seed=seed + 3, size_px=256)).render(float(self._offset))
@@ -131,7 +135,7 @@ def test_page_when_a_person_uses_it_then_everything_comes_without_reloading(brow
     # A question by keyboard alone; the range is the last ten minutes.
     gate.click()
     page.locator("body").press("/")
-    page.keyboard.type("What happened?")
+    page.keyboard.type("Describe what happens.")
     with page.expect_request("**/v1/chat/completions") as asked:
         page.keyboard.press("Enter")
     assert url_of(asked.value) == "stream://page-gate?last=600s"
