@@ -10,17 +10,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
+from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
+from ray.exceptions import RayError
 
 from .kafka_source import KafkaSource
 
 ROWS_IN_FLIGHT = 8  # between two steps: what keeps both busy over a turn of the executor
 EXECUTOR_TURN_S = 0.02  # shorter costs more CPU than it saves time
 SOURCE_CPUS = 0.1  # logical ones
+
+update_running_actor_state = _ActorPool._update_running_actor_state  # Ray's own
 
 
 def lane_context(context: DataContext) -> None:
@@ -35,6 +40,7 @@ def lane_context(context: DataContext) -> None:
     context.enable_auto_log_stats = False
     _keep_no_statistics()
     _keep_no_finished_tasks()
+    _notice_dead_actors()
     # Each turn of the executor waits until all its tasks have something, and a source has not: for this long, always.
     # At Ray's 0.1 s a row takes half a second through five steps.
     streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = EXECUTOR_TURN_S
@@ -63,6 +69,19 @@ def _keep_no_finished_tasks() -> None:
 
     queues: Any = ReorderingBundleQueue
     queues._move_to_next_key = move_to_next_key
+
+
+def _notice_dead_actors() -> None:
+    """Have an actor that dies between two calls end the execution; Ray Data would wait for it for ever."""
+
+    def update(pool: Any, actor: Any) -> None:
+        state = actor._get_local_state()
+        if state == ActorTableData.ActorState.DEAD:
+            raise RayError(f"the worker {pool.map_worker_cls_name()} died between two rows: the lane restarts")
+        update_running_actor_state(pool, actor)
+
+    pools: Any = _ActorPool
+    pools._update_running_actor_state = update
 
 
 def build_dataset(source: KafkaSource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:

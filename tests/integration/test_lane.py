@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pyarrow.dataset as ds
 import pytest
+import ray
 import torch
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
@@ -342,10 +343,12 @@ def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
 
     def kill_encoder(status):
         if status.chunks and not killed:
-            killed.extend(p.pid for p in psutil.process_iter(["cmdline"]) if is_encoder(p))
+            killed.extend(p for p in psutil.process_iter(["cmdline"]) if is_encoder(p) and is_of_this_cluster(p))
+            for process in killed:
+                process.suspend()  # or it may be done with the rest before it dies, and nobody would miss it
             send(broker, "killed", [r for r in records if int(dict(r.headers)["seq"]) >= 6])
-            for pid in killed:
-                psutil.Process(pid).kill()
+            for process in killed:
+                process.kill()
 
     status = run_until_idle(settings, on_status=kill_encoder, done=lambda status: status.restarts)
 
@@ -379,6 +382,11 @@ def test_lane_when_it_is_renewed_and_a_topic_comes_later_then_nothing_shows(
 
 def is_encoder(process):
     return any("MapWorker(MapBatches(Encode))" in part for part in process.info["cmdline"] or ())
+
+
+def is_of_this_cluster(process):
+    session = ray.get_runtime_context().get_session_name()
+    return any(session in part for part in process.parent().cmdline())
 
 
 def test_settings_when_the_checkpoint_is_of_another_grid_then_refused_before_anything_starts(

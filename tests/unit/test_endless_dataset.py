@@ -6,6 +6,7 @@ from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
+from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
 
 from stormline.pipeline.endless_dataset import EXECUTOR_TURN_S, ROWS_IN_FLIGHT, lane_context
@@ -26,6 +27,8 @@ def test_ray_data_when_read_then_uses_what_the_lane_sets():
     assert "timeout=WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in turn
     assert "_output_blocks_stats.extend(to_stats(" in inspect.getsource(map_operator)
     assert {"update_execution_metrics", "update_iteration_metrics"} <= set(vars(_StatsManager))
+    assert "self._update_running_actor_state(actor)" in inspect.getsource(_ActorPool.refresh_actor_state)
+    assert hasattr(_ActorPool, "map_worker_cls_name")
     assert hasattr(DataContext(), "_max_num_blocks_in_streaming_gen_buffer")
 
 
@@ -34,6 +37,7 @@ def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(monkeyp
         (streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"),
         (map_operator, "to_stats"),
         (ReorderingBundleQueue, "_move_to_next_key"),
+        (_ActorPool, "_update_running_actor_state"),
         (_StatsManager, "update_execution_metrics"),
         (_StatsManager, "update_iteration_metrics"),
     ):
