@@ -1,6 +1,8 @@
 """Answers to prompts about video, in batches, where an answer never depends on who shares its batch.
 
-Each prompt is prefilled alone, without padding, and the answers are then decoded together. Three things make a
+Each prompt is prefilled alone, without padding, and the answers are then decoded together. A prompt with video is
+prefilled in two parts, up to its last video token and after it, also where nobody has asked about that video before:
+so a first part that was kept (`PrefixCache`) gives the same logits as one that was just read. Three things make a
 prompt's logits the same, bit for bit, whatever its companions and its place among them; all three were needed when
 measured on CPU in float32:
 
@@ -28,6 +30,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .prefix_cache import PrefixCache, prefix_key
 from .processing import Prompt, StormProcessor
 from .prompts import VideoAnswer, VideoPrompt
 from .storm import StormForConditionalGeneration
@@ -75,8 +78,10 @@ def generate_answers(
     processor: StormProcessor,
     prompts: Sequence[VideoPrompt],
     *,
+    built: Sequence[Prompt] = (),
     fixed_batch: int | None = None,
     listeners: Sequence[Callable[[str], None] | None] = (),
+    prefixes: PrefixCache | None = None,
 ) -> list[VideoAnswer]:
     """Answer prompts; each answer is the same whichever other prompts are there (see the file's top).
 
@@ -84,11 +89,13 @@ def generate_answers(
         model: In evaluation mode; on CPU after `use_exact_decoding`, which `load_model` does.
         processor: The model's.
         prompts: Any number, of any lengths and limits.
+        built: For each prompt what `check_prompt` gave; else that is done here.
         fixed_batch: Rows that are decoded together; None for `FIXED_BATCH`, or 1 where a language model's cache has
             a sliding window or a recurrent state.
         listeners: For each prompt None, or what is called with the next piece of its answer as it grows, in this
             thread. The pieces together are the answer's text: what may yet become a stop text, or a cut character, is
             held back. Nothing for nobody.
+        prefixes: What was read before, and is kept for the next call; None for what these prompts share.
 
     Returns:
         One answer per prompt, in order.
@@ -99,20 +106,22 @@ def generate_answers(
     n_rows = _rows_together(model) if fixed_batch is None else fixed_batch
     if n_rows < 1:
         raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
-    if listeners and len(listeners) != len(prompts):
-        raise ValueError(f"{len(listeners)} listeners for {len(prompts)} prompts; expected one for each, or none")
+    for name, given in (("listeners", listeners), ("built prompts", built)):
+        if given and len(given) != len(prompts):
+            raise ValueError(f"{len(given)} {name} for {len(prompts)} prompts; expected one for each, or none")
     rows = []
     for i, prompt in enumerate(prompts):
         try:
-            built = check_prompt(model, processor, prompt)
-            rows.append(_Row(prompt, built, model, processor, listeners[i] if listeners else None))
+            checked = built[i] if built else check_prompt(model, processor, prompt)
+            rows.append(_Row(prompt, checked, model, processor, listeners[i] if listeners else None))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from error
+    prefixes = PrefixCache() if prefixes is None else prefixes
     # Alike with alike: a group runs until its last row is done, and pads to its longest.
     order = sorted(range(len(rows)), key=lambda i: (prompts[i].max_new_tokens, rows[i].built.n_tokens))
     for start in range(0, len(order), n_rows):
         group = [rows[i] for i in order[start : start + n_rows]]
-        for _ in _decode(model, group, n_rows):
+        for _ in _decode(model, group, n_rows, prefixes):
             for row in group:
                 row.tell()
     return [row.answer() for row in rows]
@@ -133,7 +142,8 @@ def stream_answer(
         ValueError: If the prompt does not fit the model.
     """
     row = _Row(prompt, check_prompt(model, processor, prompt), model, processor)
-    for _ in _decode(model, [row], _rows_together(model) if fixed_batch is None else fixed_batch):
+    n_rows = _rows_together(model) if fixed_batch is None else fixed_batch
+    for _ in _decode(model, [row], n_rows, PrefixCache(0)):
         if piece := row.next_piece():
             yield piece
     yield row.answer()
@@ -141,8 +151,13 @@ def stream_answer(
 
 def _rows_together(model: StormForConditionalGeneration) -> int:
     """Return how many answers are decoded together: one by one where caches cannot be joined."""
+    return FIXED_BATCH if _has_plain_cache(model) else 1
+
+
+def _has_plain_cache(model: StormForConditionalGeneration) -> bool:
+    """Tell whether all that the language model keeps of a prompt is keys and values of every token."""
     layers = DynamicCache(config=model.language_model.config).layers
-    return FIXED_BATCH if all(type(layer) is DynamicLayer for layer in layers) else 1
+    return all(type(layer) is DynamicLayer for layer in layers)
 
 
 class _Row:
@@ -233,11 +248,13 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @torch.inference_mode()
-def _decode(model: StormForConditionalGeneration, rows: Sequence[_Row], n_rows: int) -> Iterator[None]:
+def _decode(
+    model: StormForConditionalGeneration, rows: Sequence[_Row], n_rows: int, prefixes: PrefixCache
+) -> Iterator[None]:
     """Run a group of up to `n_rows` answers to their ends; yields after every token."""
     caches = []
     for row in rows:
-        logits, cache = _prefill(model, row.built)
+        logits, cache = _prefill(model, row.built, prefixes)
         caches.append(cache)
         row.accept(row.choose(logits))
     yield
@@ -269,11 +286,32 @@ def _decode(model: StormForConditionalGeneration, rows: Sequence[_Row], n_rows: 
         yield
 
 
-def _prefill(model: StormForConditionalGeneration, built: Prompt) -> tuple[Tensor, Any]:
+def _prefill(model: StormForConditionalGeneration, built: Prompt, prefixes: PrefixCache) -> tuple[Tensor, Any]:
     """Return the first token's logits (vocab,) and the cache of the prompt, by itself."""
-    video = built.video_tokens.to(model.device, model.dtype) if built.video_tokens.shape[0] else None
-    out = model(input_ids=built.input_ids[None].to(model.device), video_tokens=video, use_cache=True, logits_to_keep=1)
+    video_at = (built.input_ids == model.config.video_token_id).nonzero()
+    n_prefix = int(video_at[-1]) + 1 if len(video_at) else 0
+    if not 0 < n_prefix < built.n_tokens or not _has_plain_cache(model):
+        out = _read(model, built.input_ids, built.video_tokens)
+        return _only_text(model, out.logits[:, -1])[0], out.past_key_values
+    key = prefix_key(built.input_ids[:n_prefix], built.video_tokens)
+    cache = prefixes.get(key)
+    if cache is None:
+        cache = _read(model, built.input_ids[:n_prefix], built.video_tokens).past_key_values
+        prefixes.put(key, cache)
+    rest = built.input_ids[n_prefix:].to(model.device)
+    out = model.language_model(
+        input_ids=rest[None],
+        position_ids=torch.arange(n_prefix, built.n_tokens, device=model.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return _only_text(model, out.logits[:, -1])[0], out.past_key_values
+
+
+def _read(model: StormForConditionalGeneration, input_ids: Tensor, video_tokens: Tensor) -> Any:
+    video = video_tokens.to(model.device, model.dtype) if video_tokens.shape[0] else None
+    return model(input_ids=input_ids[None].to(model.device), video_tokens=video, use_cache=True, logits_to_keep=1)
 
 
 def _only_text(model: StormForConditionalGeneration, logits: Tensor) -> Tensor:

@@ -142,6 +142,9 @@ class LlmSettings(_Section):
     num_threads: int = Field(1, ge=1, description="CPU threads of a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica.")
     timeout_s: float = Field(120.0, gt=0, description="An answer slower than this fails the attempt.")
+    prefix_cache_bytes: int = Field(
+        256 << 20, ge=0, description="Memory of a replica for video that it has read, for the next question about it."
+    )
 
 
 class StoreSettings(_Section):

@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray import serve
 
 from ..models.prompts import VideoAnswer, VideoPrompt
 from .settings import LlmSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from ..models.processing import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class _Asked:
     """One prompt of a batch, and who hears its answer grow; called in the batch's thread."""
 
     prompt: VideoPrompt
+    built: Prompt
     listener: Callable[[str], None] | None = None
 
 
@@ -48,9 +52,11 @@ class VideoLLM:
         import torch
 
         from ..models.loading import load_model
+        from ..models.prefix_cache import PrefixCache
 
         torch.set_num_threads(llm.num_threads)
         self._loaded = load_model(model.path, device=model.device, dtype=model.dtype)
+        self._prefixes = PrefixCache(llm.prefix_cache_bytes)
         self._answered = 0
         self._batches = 0
         self._generated_tokens = 0
@@ -63,8 +69,7 @@ class VideoLLM:
         Raises:
             ValueError: If the prompt does not fit the model.
         """
-        self._check(prompt)
-        return await self._answer_batch(_Asked(prompt))
+        return await self._answer_batch(_Asked(prompt, self._build(prompt)))
 
     async def stream(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
         """Yield the answer's text piece by piece as it grows, and at last the whole answer.
@@ -74,14 +79,14 @@ class VideoLLM:
         Raises:
             ValueError: If the prompt does not fit the model; before the first piece.
         """
-        self._check(prompt)
+        built = self._build(prompt)
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
         def listener(piece: str) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        answering = asyncio.ensure_future(self._answer_batch(_Asked(prompt, listener)))
+        answering = asyncio.ensure_future(self._answer_batch(_Asked(prompt, built, listener)))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
         while (piece := await pieces.get()) is not None:
             yield piece
@@ -94,20 +99,25 @@ class VideoLLM:
         ids = self._loaded.processor.tokenizer.encode(text, add_special_tokens=False)
         return self._loaded.model.embed_text(torch.tensor(ids, dtype=torch.long))
 
-    def _check(self, prompt: VideoPrompt) -> None:
+    def _build(self, prompt: VideoPrompt) -> Prompt:
         """Refuse what does not fit before it joins a batch, which would fail with it."""
         from ..models.generation import check_prompt
 
-        check_prompt(self._loaded.model, self._loaded.processor, prompt)
+        return check_prompt(self._loaded.model, self._loaded.processor, prompt)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
     async def _answer_batch(self, asked: Sequence[_Asked]) -> list[VideoAnswer]:
         from ..models.generation import generate_answers
 
-        prompts, listeners = [a.prompt for a in asked], [a.listener for a in asked]
         # In a thread, so that the replica goes on taking requests into the next batch.
         answers = await asyncio.to_thread(
-            generate_answers, self._loaded.model, self._loaded.processor, prompts, listeners=listeners
+            generate_answers,
+            self._loaded.model,
+            self._loaded.processor,
+            [a.prompt for a in asked],
+            built=[a.built for a in asked],
+            listeners=[a.listener for a in asked],
+            prefixes=self._prefixes,
         )
         self._answered += len(answers)
         self._batches += 1
@@ -126,4 +136,6 @@ class VideoLLM:
             "answered": self._answered,
             "batches": self._batches,
             "generated_tokens": self._generated_tokens,
+            "prefixes_read": self._prefixes.misses,
+            "prefixes_found": self._prefixes.hits,
         }

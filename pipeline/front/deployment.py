@@ -18,9 +18,10 @@ from .queries import QueryRules
 
 # More than the service's own limits let in: those answer 429 themselves, where Serve would say 503 and no more.
 MAX_REQUESTS = 4096
+CLOSE_S = 2.0  # for answers under way when the service stops; event connections would otherwise hold it for 20 s
 
 
-@serve.deployment(name="Front", max_ongoing_requests=MAX_REQUESTS)
+@serve.deployment(name="Front", max_ongoing_requests=MAX_REQUESTS, graceful_shutdown_timeout_s=CLOSE_S)
 @serve.ingress()
 class Front:
     """`build_app` behind Serve's proxy; one replica, because what it lets in at once is counted in it.

@@ -157,12 +157,23 @@ def test_page_when_a_person_uses_it_then_everything_comes_without_reloading(brow
         page.get_by_role("button", name="Ask", exact=True).click()
     assert url_of(asked.value).startswith("stream://page-gate?start=20")
     expect(page.locator(".answer").first.locator(".looked")).to_contain_text("tokens of page-gate", timeout=60_000)
+
+    # A follow-up tells the model what was said before; the question after it does not.
+    said = page.locator(".answer").first.locator(".text").inner_text()
+    page.get_by_role("button", name="Follow up").first.click()
+    expect(page.locator("#following")).to_contain_text("What happened?")
+    page.keyboard.type("And then?")
+    for before in ([{"role": "user", "content": "What happened?"}, {"role": "assistant", "content": said}], []):
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.get_by_role("button", name="Ask", exact=True).click()
+        assert asked.value.post_data_json["messages"][:-1] == before
+        expect(page.locator(".answer").first.get_by_role("button", name="Follow up")).to_be_visible(timeout=60_000)
     assert page.wrong == []
     page.close()
 
 
 def url_of(request):
-    (video, _) = request.post_data_json["messages"][0]["content"]
+    (video, _) = request.post_data_json["messages"][-1]["content"]
     return video["video_url"]["url"]
 
 

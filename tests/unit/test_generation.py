@@ -11,13 +11,16 @@ import pytest
 import torch
 from transformers import MistralConfig
 
+from stormline.models import generation
 from stormline.models.generation import (
+    FIXED_BATCH,
     check_prompt,
     generate_answers,
     stream_answer,
     use_exact_decoding,
 )
 from stormline.models.loading import build_untrained_tiny, load_model
+from stormline.models.prefix_cache import PrefixCache
 from stormline.models.prompts import VideoAnswer, VideoPrompt
 from stormline.models.selection import VideoChunk
 from stormline.models.storm import StormForConditionalGeneration
@@ -47,19 +50,34 @@ def answer(loaded, prompt: VideoPrompt, **kwargs: Any) -> VideoAnswer:
     return generate_answers(loaded.model, loaded.processor, [prompt], **kwargs)[0]
 
 
-def record_logits(loaded, prompts: Sequence[VideoPrompt]) -> list[torch.Tensor]:
+def record_logits(loaded, prompts: Sequence[VideoPrompt], **kwargs: Any) -> list[torch.Tensor]:
     """Answer one group of prompts; return each one's logits (steps, vocab) as the language model gave them."""
-    seen: list[torch.Tensor] = []
-    hook = loaded.model.language_model.register_forward_hook(lambda *args: seen.append(args[2].logits[:, -1].clone()))
+    first: list[torch.Tensor] = []
+    steps: list[torch.Tensor] = []
+
+    def prefill(*args: Any) -> Any:
+        logits, cache = generation_prefill(*args)
+        first.append(logits.clone())
+        return logits, cache
+
+    def hook(*args: Any) -> None:
+        if len(args[2].logits) == FIXED_BATCH:
+            steps.append(args[2].logits[:, -1].clone())
+
+    generation_prefill = generation._prefill
+    handle = loaded.model.language_model.register_forward_hook(hook)
     try:
-        answers = generate_answers(loaded.model, loaded.processor, prompts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation, "_prefill", prefill)
+            answers = generate_answers(loaded.model, loaded.processor, prompts, **kwargs)
     finally:
-        hook.remove()
-    # A group is ordered by length: first each prompt's prefill, then the decoding steps of all.
-    order = sorted(range(len(prompts)), key=lambda i: answers[i].prompt_tokens)
-    n, place = len(prompts), {i: row for row, i in enumerate(order)}
-    steps = [answers[i].generated_tokens - 1 for i in range(n)]
-    return [torch.stack([seen[place[i]][0], *(step[place[i]] for step in seen[n : n + steps[i]])]) for i in range(n)]
+        handle.remove()
+    order = sorted(range(len(prompts)), key=lambda i: answers[i].prompt_tokens)  # a group is ordered by length
+    place = {i: row for row, i in enumerate(order)}
+    n_steps = [answers[i].generated_tokens - 1 for i in range(len(prompts))]
+    return [
+        torch.stack([first[place[i]], *(step[place[i]] for step in steps[: n_steps[i]])]) for i in range(len(prompts))
+    ]
 
 
 @pytest.fixture
@@ -107,6 +125,36 @@ def test_generate_when_many_companions_then_the_answer_is_the_same_at_every_plac
 
         assert together == [alone[i] for i in order]
     assert len({a.text for a in alone}) > 15  # they could have differed
+
+
+def test_generate_when_the_video_was_read_before_then_the_answer_is_the_same(loaded):
+    prompts = [make_prompt(3, video=v, max_new_tokens=12) for v in (1, 2, 1)]
+    prompts += [replace(prompt, text="Which way does it go?") for prompt in prompts]
+    alone = [record_logits(loaded, [prompt])[0] for prompt in prompts]
+    prefixes = PrefixCache()
+
+    for prompt, expected in zip(prompts, alone, strict=True):
+        assert torch.equal(record_logits(loaded, [prompt], prefixes=prefixes)[0], expected)
+
+    assert (prefixes.misses, prefixes.hits) == (2, 4)
+    generate_answers(loaded.model, loaded.processor, [prompts[0], make_prompt(3, video=4)], prefixes=prefixes)
+    assert (prefixes.misses, prefixes.hits) == (3, 5)
+
+
+def test_prefix_cache_when_full_then_the_one_not_used_for_longest_leaves(loaded):
+    prompts = [make_prompt(3, video=v, max_new_tokens=1) for v in range(3)]
+    ample = PrefixCache()
+    generate_answers(loaded.model, loaded.processor, prompts[:1], prefixes=ample)
+    prefixes = PrefixCache(2 * ample.n_bytes)
+
+    for at in (0, 1, 0, 2, 0, 1):
+        generate_answers(loaded.model, loaded.processor, [prompts[at]], prefixes=prefixes)
+
+    assert (prefixes.misses, prefixes.hits) == (4, 2)  # 2 pushed 1 out
+    assert prefixes.n_bytes == prefixes.max_bytes
+    none = PrefixCache(0)
+    generate_answers(loaded.model, loaded.processor, prompts[:1], prefixes=none)
+    assert none.n_bytes == 0
 
 
 def test_generate_when_greedy_then_equals_transformers_own(loaded):

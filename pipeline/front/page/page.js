@@ -236,8 +236,17 @@ function showAlert(row) {
 // Asking.
 
 let asking = null; // an AbortController
+let turns = []; // the conversation that the next question goes on with: messages of text
+
+function converse(messages) {
+  turns = messages;
+  $("following").hidden = !messages.length;
+  $("following-text").textContent = messages.length ? `Follows up on “${messages.at(-2).content}”` : "";
+}
 
 async function ask(question) {
+  const before = turns;
+  converse([]);
   const videos = [...chosen].map((id) => ({
     type: "video_url",
     video_url: { url: `stream://${encodeURIComponent(id)}?${timeline.query()}` },
@@ -254,10 +263,15 @@ async function ask(question) {
     const response = await call("v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ messages: [{ role: "user", content: [...videos, { type: "text", text: question }] }], stream: true }),
+      body: JSON.stringify({
+        messages: [...before, { role: "user", content: [...videos, { type: "text", text: question }] }],
+        stream: true,
+      }),
       signal: asking.signal,
     });
     await write(response, text, looked);
+    const said = [{ role: "user", content: question }, { role: "assistant", content: text.textContent }];
+    answer.append(followUp([...before, ...said]));
   } catch (error) {
     if (error.name === "AbortError") looked.textContent = "stopped";
     else {
@@ -269,6 +283,16 @@ async function ask(question) {
     $("send").textContent = "Ask";
     answer.classList.remove("writing");
   }
+}
+
+function followUp(messages) {
+  const button = make("button", "follow-up", "Follow up");
+  button.type = "button";
+  button.addEventListener("click", () => {
+    converse(messages);
+    $("question").focus();
+  });
+  return button;
 }
 
 async function write(response, text, looked) {
@@ -294,6 +318,8 @@ $("ask").addEventListener("submit", (event) => {
   const question = $("question").value.trim() || $("question").placeholder;
   if (chosen.size) ask(question);
 });
+
+$("anew").addEventListener("click", () => converse([]));
 
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {

@@ -1,0 +1,87 @@
+"""What a language model has already read: the keys and values of a prompt's video, kept for the next question about it.
+
+Several standing queries look at the same window, several people ask about the same minutes, and a conversation goes on
+about the same video. Reading the video is most of the work of a short answer, so it is done once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+DEFAULT_BYTES = 256 << 20
+
+
+class PrefixCache:
+    """The newest prefixes by their content, within a memory limit; safe for several threads.
+
+    A prefix longer than the limit is not kept.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES):
+        self.max_bytes = max_bytes
+        self.n_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._kept: OrderedDict[bytes, list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> DynamicCache | None:
+        """Return a cache that starts with the prefix and may be written on, or None."""
+        with self._lock:
+            layers = self._kept.get(key)
+            if layers is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._kept.move_to_end(key)
+        return _cache_of(layers)
+
+    def put(self, key: bytes, cache: DynamicCache) -> None:
+        """Keep what a cache holds now. Growing it later makes new tensors, so nothing is copied here."""
+        layers = [_tensors_of(layer) for layer in cache.layers]
+        n_bytes = _n_bytes(layers)
+        if n_bytes > self.max_bytes:
+            return
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = layers
+            self.n_bytes += n_bytes
+            while self.n_bytes > self.max_bytes:
+                self.n_bytes -= _n_bytes(self._kept.popitem(last=False)[1])
+
+
+def prefix_key(input_ids: Tensor, video_tokens: Tensor) -> bytes:
+    """Return what identifies a prefix: its tokens (n,) and the video tokens (n_video, d_model) in their places."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (input_ids, video_tokens):
+        digest.update(str(tuple(part.shape)).encode())
+        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _cache_of(layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    filled: list[Any] = []
+    for keys, values in layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        filled.append(layer)
+    cache.layers = filled
+    return cache
+
+
+def _tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, layer.keys), cast(Tensor, layer.values)
+
+
+def _n_bytes(layers: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(x.numel() * x.element_size() for pair in layers for x in pair)
