@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 import ray
+from kafka.admin import KafkaAdminClient, NewTopic
 
 from stormline.pipeline.publish.publisher import publish_source
 from stormline.pipeline.supervisor import Supervisor
@@ -108,9 +109,19 @@ def test_service_when_each_part_is_killed_under_load_then_whole_again_and_the_la
     publisher = threading.Thread(
         target=publish_source,
         args=("shapes:?seed=5&size=64&fps=4",),
-        kwargs={"bootstrap": broker, "topic": "kills", "stream_id": "killed", "segment_s": 1.0, "stop": stop},
+        kwargs={
+            "bootstrap": broker,
+            "topic": "kills",
+            "stream_id": "killed",
+            "segment_s": 1.0,
+            "speed": 1.0,
+            "stop": stop,
+        },
         daemon=True,
     )
+    admin = KafkaAdminClient(bootstrap_servers=broker)
+    admin.create_topics([NewTopic(name="kills", num_partitions=1, replication_factor=1)])
+    admin.close()
     publisher.start()
     supervisor = Supervisor(settings)
     statuses = []
