@@ -67,6 +67,46 @@ class RangeIndex:
     in_store: np.ndarray  # (n,) bool
 
 
+class StreamView:
+    """What there is of one stream, without its tokens: what the store held when it was looked up, and the files.
+
+    Args:
+        stream_id: The stream.
+        files: The tokens table.
+        held: What the store says; None where it holds nothing or is away.
+    """
+
+    def __init__(self, stream_id: str, files: TokenFiles, held: HeldStream | None):
+        self.stream_id = stream_id
+        self._files = files
+        self._held = held
+
+    async def last_ns(self) -> int | None:
+        """Return when the newest chunk ends; None for a stream without tokens."""
+        if self._held is not None:
+            return int(self._held.index.end_ns.max())
+        await asyncio.to_thread(self._files.refresh)
+        span = self._files.streams().get(self.stream_id)
+        return span[1] if span else None
+
+    async def index(self, start_ns: int, end_ns: int) -> RangeIndex:
+        """Return which chunks overlap [start_ns, end_ns), in order."""
+        held = self._held
+        # Times in Parquet are rounded down to microseconds: the boundary is, too, or a chunk at it would come twice.
+        complete_from_ns = end_ns if held is None else held.complete_from_ns // _NS_PER_US * _NS_PER_US
+        parts, in_store = [], []
+        if start_ns < complete_from_ns:
+            await asyncio.to_thread(self._files.refresh)
+            old = self._files.index(self.stream_id, start_ns, end_ns)
+            old = old.where(np.flatnonzero(old.start_ns < complete_from_ns))
+            parts, in_store = [old], [np.zeros(len(old), bool)]
+        if held is not None:
+            new = held.index.overlapping(start_ns, end_ns)
+            new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))
+            parts, in_store = [*parts, new], [*in_store, np.ones(len(new), bool)]
+        return RangeIndex(self.stream_id, ChunkIndex.join(parts), np.concatenate(in_store))
+
+
 class TokenSource:
     """The tokens of all streams, by stream and time.
 
@@ -102,37 +142,15 @@ class TokenSource:
         """Return a stream's newest picture, if there is one."""
         return await self._ask(lambda: self._store.picture(stream_id))
 
-    async def last_ns(self, stream_id: str) -> int | None:
-        """Return when the stream's newest chunk ends; None for a stream without tokens."""
-        held = await self._ask(lambda: self._store.held(stream_id))
-        if held is not None:
-            return int(held.index.end_ns.max())
-        await asyncio.to_thread(self._files.refresh)
-        span = self._files.streams().get(stream_id)
-        return span[1] if span else None
-
-    async def index(self, stream_id: str, start_ns: int, end_ns: int) -> RangeIndex:
-        """Return which chunks overlap [start_ns, end_ns), in order, without their tokens."""
-        held = await self._ask(lambda: self._store.held(stream_id))
-        # Times in Parquet are rounded down to microseconds: the boundary is, too, or a chunk at it would come twice.
-        complete_from_ns = end_ns if held is None else held.complete_from_ns // _NS_PER_US * _NS_PER_US
-        parts, in_store = [], []
-        if start_ns < complete_from_ns:
-            await asyncio.to_thread(self._files.refresh)
-            old = self._files.index(stream_id, start_ns, end_ns)
-            old = old.where(np.flatnonzero(old.start_ns < complete_from_ns))
-            parts, in_store = [old], [np.zeros(len(old), bool)]
-        if held is not None:
-            new = held.index.overlapping(start_ns, end_ns)
-            new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))
-            parts, in_store = [*parts, new], [*in_store, np.ones(len(new), bool)]
-        return RangeIndex(stream_id, ChunkIndex.join(parts), np.concatenate(in_store))
+    async def look_up(self, stream_id: str) -> StreamView:
+        """Return what there is of a stream now, as the store says at this moment."""
+        return StreamView(stream_id, self._files, await self._ask(lambda: self._store.held(stream_id)))
 
     async def read(self, found: RangeIndex, chosen: np.ndarray) -> list[PastChunk]:
         """Return chunks with their tokens, in order of start.
 
         Args:
-            found: From `index`.
+            found: From `StreamView.index`.
             chosen: (n,) positions in it.
         """
         starts_ns, in_store = found.chunks.start_ns[chosen], found.in_store[chosen]

@@ -99,6 +99,7 @@ class Answerer:
         self._llm = llm
         self._limits = limits
         self._retry_wait_s = retry_wait_s
+        self._model_name: str | None = None
 
     async def look(self, request: ChatRequest) -> tuple[VideoPrompt, list[VideoUse]]:
         """Read and select the video tokens.
@@ -144,14 +145,15 @@ class Answerer:
             raise bad_request(_message_of(error), "messages", "video_not_usable") from None
 
     async def _find(self, asked: StreamRange) -> _Found:
-        end_ns = asked.end_ns if asked.end_ns is not None else await self._source.last_ns(asked.stream_id)
+        view = await self._source.look_up(asked.stream_id)
+        end_ns = asked.end_ns if asked.end_ns is not None else await view.last_ns()
         if end_ns is None:
             raise await self._unknown_stream(asked.stream_id)
         start_ns = asked.start_ns if asked.last_s is None else end_ns - round(asked.last_s * 1e9)
         assert start_ns is not None
         if end_ns - start_ns > self._limits.max_range_s * 1e9:
             raise range_too_long((end_ns - start_ns) / 1e9, self._limits, "messages")
-        index = await self._source.index(asked.stream_id, start_ns, end_ns)
+        index = await view.index(start_ns, end_ns)
         if not len(index.chunks):
             raise await self._no_video(asked.stream_id, start_ns, end_ns)
         return _Found(start_ns, end_ns, index)
@@ -201,6 +203,16 @@ class Answerer:
                 if heard or attempt + 1 == ATTEMPTS:
                     raise model_not_there() from None
                 await asyncio.sleep(self._retry_wait_s * 2**attempt)
+
+    async def model_name(self) -> str:
+        """Return the model's name, which is the same as long as the service runs.
+
+        Raises:
+            ApiError: 503 if it was never reached.
+        """
+        if self._model_name is None:
+            self._model_name = (await self.describe()).name
+        return self._model_name
 
     async def describe(self) -> ModelDescription:
         """Return what the model is.

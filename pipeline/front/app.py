@@ -170,7 +170,7 @@ async def _check_model(name: str | None, backend: Backend) -> str:
     Raises:
         ApiError: 404 if another model was.
     """
-    there = (await backend.answerer.describe()).name
+    there = await backend.answerer.model_name()
     if name not in (None, there, MODEL_ALIAS):
         message = f"no model {name!r} here; expected {there!r} or {MODEL_ALIAS!r}"
         raise ApiError(404, message, code="model_not_found", param="model")

@@ -94,10 +94,17 @@ def read_all(source, start_s=0, end_s=10**5, stream="gate"):
     """Return what each chunk's tokens say, in order."""
 
     async def read():
-        found = await source.index(stream, NOON_NS + int(start_s * S_NS), NOON_NS + int(end_s * S_NS))
+        found = await (await source.look_up(stream)).index(NOON_NS + int(start_s * S_NS), NOON_NS + int(end_s * S_NS))
         return await source.read(found, np.arange(len(found.chunks)))
 
     return [int(chunk.tokens[0, 0]) for chunk in asyncio.run(read())]
+
+
+def last_ns(source, stream):
+    async def find():
+        return await (await source.look_up(stream)).last_ns()
+
+    return asyncio.run(find())
 
 
 def test_files_when_read_then_the_range_of_that_stream_in_order(tmp_path):
@@ -110,8 +117,8 @@ def test_files_when_read_then_the_range_of_that_stream_in_order(tmp_path):
     assert read_all(source, 3, 4.5) == [1, 2]
     assert read_all(source, stream="yard") == [1, 4]
     assert read_all(source, stream="nobody") == []
-    assert asyncio.run(source.last_ns("yard")) == make_chunk(4).end_ns // 1000 * 1000
-    assert asyncio.run(source.last_ns("nobody")) is None
+    assert last_ns(source, "yard") == make_chunk(4).end_ns // 1000 * 1000
+    assert last_ns(source, "nobody") is None
 
 
 def test_files_when_a_lane_goes_on_writing_then_what_it_commits_is_found(tmp_path):
@@ -244,7 +251,7 @@ def test_source_when_chunks_leave_the_store_before_they_are_read_then_parquet_gi
     source = TokenSource(TokenFiles(tmp_path), store)
 
     async def read():
-        found = await source.index("gate", NOON_NS, NOON_NS + 100 * S_NS)
+        found = await (await source.look_up("gate")).index(NOON_NS, NOON_NS + 100 * S_NS)
         store.memory = TokenMemory(10**9)
         return await source.read(found, np.arange(4))
 
