@@ -1,14 +1,14 @@
-"""Answers to prompts about video, in batches, where an answer never depends on who shares its batch.
+"""Answers to prompts about video, many at once, where an answer never depends on which others are written with it.
 
-Each prompt is prefilled alone, without padding, and the answers are then decoded together. A prompt with video is
-prefilled in two parts, up to its last video token and after it, also where nobody has asked about that video before:
-so a first part that was kept (`PrefixCache`) gives the same logits as one that was just read. Three things make a
-prompt's logits the same, bit for bit, whatever its companions and its place among them; all three were needed when
-measured on CPU in float32:
+Each prompt is prefilled alone, without padding, and the answers are then decoded together, each in a row of its own: a
+new one begins as soon as a row is free, whatever the others are at. A prompt with video is prefilled in two parts, up
+to its last video token and after it, also where nobody has asked about that video before: so a first part that was
+kept (`PrefixCache`) gives the same logits as one that was just read. Three things make a prompt's logits the same, bit
+for bit, whatever its companions and its place among them; all three were needed when measured on CPU in float32:
 
-1. The decoding batch always has `fixed_batch` rows, empty ones included: a matrix product may round differently for
-   another number of rows, but did not for another row of the same batch of eight.
-2. Caches are padded on the left to a multiple of 16 tokens: vectorised sums then group the same numbers together.
+1. The decoding batch always has the same number of rows, empty ones included: a matrix product may round differently
+   for another number of rows, but did not for another row of the same batch of eight.
+2. Rows are padded to a multiple of 16 tokens: vectorised sums then group the same numbers together.
 3. Attention of the one new token is two plain products (`use_exact_decoding`): torch's fused CPU kernel rounds
    differently for another length of padding, and with several threads also from row to row.
 
@@ -19,6 +19,7 @@ answers independent again, one after the other.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,11 +34,10 @@ from transformers.masking_utils import sdpa_mask
 from .prefix_cache import PrefixCache, prefix_key
 from .processing import Prompt, StormProcessor
 from .prompts import VideoAnswer, VideoPrompt
+from .slots import Slots
 from .storm import StormForConditionalGeneration
 
 FIXED_BATCH = 8  # on CPU eight rows cost a fifth more than one
-ALIGN_TOKENS = 16  # float32 numbers in the widest vector, AVX-512
-ROOM_TOKENS = 64  # by which a cache grows; a caption needs one such step or two
 EXACT_ATTENTION = "stormline_exact"
 UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
 
@@ -103,28 +103,24 @@ def generate_answers(
     Raises:
         ValueError: If a prompt does not fit the model, before any work; the message counts prompts from 0.
     """
-    n_rows = _rows_together(model) if fixed_batch is None else fixed_batch
-    if n_rows < 1:
-        raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
     for name, given in (("listeners", listeners), ("built prompts", built)):
         if given and len(given) != len(prompts):
             raise ValueError(f"{len(given)} {name} for {len(prompts)} prompts; expected one for each, or none")
-    rows = []
+    writer = AnswerWriter(model, processor, fixed_batch=fixed_batch, prefixes=prefixes)
+    answers = []
     for i, prompt in enumerate(prompts):
         try:
             checked = built[i] if built else check_prompt(model, processor, prompt)
-            rows.append(_Row(prompt, checked, model, processor, listeners[i] if listeners else None))
+            answers.append(writer.make(prompt, checked, listeners[i] if listeners else None))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from error
-    prefixes = PrefixCache() if prefixes is None else prefixes
-    # Alike with alike: a group runs until its last row is done, and pads to its longest.
-    order = sorted(range(len(rows)), key=lambda i: (prompts[i].max_new_tokens, rows[i].built.n_tokens))
-    for start in range(0, len(order), n_rows):
-        group = [rows[i] for i in order[start : start + n_rows]]
-        for _ in _decode(model, group, n_rows, prefixes):
-            for row in group:
-                row.tell()
-    return [row.answer() for row in rows]
+    # Alike with alike: a step costs what its longest row costs.
+    waiting = deque(sorted(answers, key=lambda a: (a.prompt.max_new_tokens, a.built.n_tokens)))
+    while waiting or writer.busy:
+        while waiting and writer.has_room:
+            writer.begin(waiting.popleft())
+        writer.step()
+    return [a.answer() for a in answers]
 
 
 def stream_answer(
@@ -141,15 +137,105 @@ def stream_answer(
     Raises:
         ValueError: If the prompt does not fit the model.
     """
-    row = _Row(prompt, check_prompt(model, processor, prompt), model, processor)
-    n_rows = _rows_together(model) if fixed_batch is None else fixed_batch
-    for _ in _decode(model, [row], n_rows, PrefixCache(0)):
-        if piece := row.next_piece():
+    writer = AnswerWriter(model, processor, fixed_batch=fixed_batch, prefixes=PrefixCache(0))
+    answer = writer.make(prompt, check_prompt(model, processor, prompt))
+    writer.begin(answer)
+    while True:
+        if piece := answer.next_piece():
             yield piece
-    yield row.answer()
+        if answer.done:
+            break
+        writer.step()
+    yield answer.answer()
 
 
-def _rows_together(model: StormForConditionalGeneration) -> int:
+class AnswerWriter:
+    """Writes answers, a token of each at a step; new ones begin between steps. Used from one thread.
+
+    Args:
+        model: In evaluation mode; on CPU after `use_exact_decoding`, which `load_model` does.
+        processor: The model's.
+        fixed_batch: As for `generate_answers`.
+        prefixes: As for `generate_answers`.
+
+    Raises:
+        ValueError: If `fixed_batch` is below 1.
+    """
+
+    def __init__(
+        self,
+        model: StormForConditionalGeneration,
+        processor: StormProcessor,
+        *,
+        fixed_batch: int | None = None,
+        prefixes: PrefixCache | None = None,
+    ):
+        n_rows = rows_together(model) if fixed_batch is None else fixed_batch
+        if n_rows < 1:
+            raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
+        self._model, self._processor = model, processor
+        self._prefixes = PrefixCache() if prefixes is None else prefixes
+        self._slots = Slots(model, n_rows)
+        self._rows: list[PendingAnswer | None] = [None] * n_rows
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether an answer is being written."""
+        return any(self._rows)
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether another answer can begin."""
+        return not all(self._rows)
+
+    def make(self, prompt: VideoPrompt, built: Prompt, listener: Callable[[str], None] | None = None) -> PendingAnswer:
+        """Return an answer that has yet to begin, for a prompt that `check_prompt` has built."""
+        return PendingAnswer(prompt, built, self._model, self._processor, listener)
+
+    @torch.inference_mode()
+    def begin(self, answer: PendingAnswer) -> None:
+        """Read an answer's prompt and write its first token, which may be its last.
+
+        Raises:
+            IndexError: If there is no room.
+            ValueError: If the language model's cache wants `fixed_batch` 1.
+        """
+        row = self._slots.free[0]
+        logits, cache = _prefill(self._model, answer.built, self._prefixes)
+        answer.accept(answer.choose(logits))
+        if not answer.done:
+            self._slots.put(row, cache, answer.built.n_tokens)
+            self._rows[row] = answer
+        answer.tell()
+
+    def drop(self, answer: PendingAnswer) -> None:
+        """Stop writing an answer that nobody waits for."""
+        row = self._rows.index(answer)
+        self._rows[row] = None
+        self._slots.release(row)
+
+    @torch.inference_mode()
+    def step(self) -> list[PendingAnswer]:
+        """Write one token of every answer; returns those that have ended with it."""
+        if not self.busy:
+            return []
+        logits = self._slots.step([answer.ids[-1] if answer else 0 for answer in self._rows])
+        logits = _only_text(self._model, logits)
+        likeliest = logits.argmax(-1).tolist()
+        ended = []
+        for row, answer in enumerate(self._rows):
+            if answer is None:
+                continue
+            answer.accept(likeliest[row] if answer.prompt.temperature == 0 else answer.choose(logits[row]))
+            answer.tell()
+            if answer.done:
+                self._rows[row] = None
+                self._slots.release(row)
+                ended.append(answer)
+        return ended
+
+
+def rows_together(model: StormForConditionalGeneration) -> int:
     """Return how many answers are decoded together: one by one where caches cannot be joined."""
     return FIXED_BATCH if _has_plain_cache(model) else 1
 
@@ -160,8 +246,8 @@ def _has_plain_cache(model: StormForConditionalGeneration) -> bool:
     return all(type(layer) is DynamicLayer for layer in layers)
 
 
-class _Row:
-    """One answer in the making."""
+class PendingAnswer:
+    """One answer in the making; `AnswerWriter.make` makes it."""
 
     def __init__(
         self,
@@ -183,6 +269,7 @@ class _Row:
 
     @property
     def done(self) -> bool:
+        """Tell whether it has ended."""
         return bool(self.finish_reason)
 
     def choose(self, logits: Tensor) -> int:
@@ -225,6 +312,7 @@ class _Row:
         return text[: len(text) - n_held].rstrip(UNFINISHED)
 
     def answer(self) -> VideoAnswer:
+        """Return what there is of it so far; once done, the whole."""
         return VideoAnswer(
             text=self._text(),
             prompt_tokens=self.built.n_tokens,
@@ -245,45 +333,6 @@ class _Row:
 def _overlap(text: str, stop: str) -> int:
     """Return how many characters at the text's end may be the start of a stop text."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0)
-
-
-@torch.inference_mode()
-def _decode(
-    model: StormForConditionalGeneration, rows: Sequence[_Row], n_rows: int, prefixes: PrefixCache
-) -> Iterator[None]:
-    """Run a group of up to `n_rows` answers to their ends; yields after every token."""
-    caches = []
-    for row in rows:
-        logits, cache = _prefill(model, row.built, prefixes)
-        caches.append(cache)
-        row.accept(row.choose(logits))
-    yield
-    lengths = [row.built.n_tokens for row in rows]
-    if n_rows == 1:
-        joined, n_cached = caches[0], lengths[0]
-    else:
-        joined, n_cached = _join_caches(caches, n_rows)
-    caches.clear()
-    lengths += [0] * (n_rows - len(rows))
-    device = model.device
-    start = n_cached - torch.tensor(lengths, device=device)[:, None]
-    for step in range(max(row.prompt.max_new_tokens for row in rows)):
-        if all(row.done for row in rows):
-            return
-        last = [row.ids[-1] if row.ids else 0 for row in rows] + [0] * (n_rows - len(rows))
-        out = model.language_model(
-            input_ids=torch.tensor(last, device=device)[:, None],
-            attention_mask=(torch.arange(n_cached + step + 1, device=device) >= start).long(),
-            position_ids=torch.tensor([n + step for n in lengths], device=device)[:, None],
-            past_key_values=joined,
-            use_cache=True,
-        )
-        logits = _only_text(model, out.logits[:, -1])
-        likeliest = logits.argmax(-1).tolist()
-        for i, row in enumerate(rows):
-            if not row.done:
-                row.accept(likeliest[i] if row.prompt.temperature == 0 else row.choose(logits[i]))
-        yield
 
 
 def _prefill(model: StormForConditionalGeneration, built: Prompt, prefixes: PrefixCache) -> tuple[Tensor, Any]:
@@ -318,60 +367,6 @@ def _only_text(model: StormForConditionalGeneration, logits: Tensor) -> Tensor:
     """Forbid the video placeholder, which no answer can mean."""
     logits[:, model.config.video_token_id] = -torch.inf
     return logits
-
-
-def _join_caches(caches: Sequence[DynamicCache], n_rows: int) -> tuple[DynamicCache, int]:
-    """Join caches of one row each, padded on the left to one aligned length; rows without a cache are zeros."""
-    layers = [[layer for layer in cache.layers if type(layer) is DynamicLayer] for cache in caches]
-    if any(len(plain) < len(cache.layers) for plain, cache in zip(layers, caches, strict=True)):
-        raise ValueError(
-            "this language model keeps other caches than plain attention's (sliding window, recurrent); expected "
-            "fixed_batch=1 for it, which answers one prompt after the other"
-        )
-    longest = max(cache.get_seq_length() for cache in caches)
-    n_cached = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
-    joined = DynamicCache()
-    roomy: list[Any] = [
-        _RoomyLayer(
-            *(_pad_rows(parts, n_rows, n_cached) for parts in zip(*((x.keys, x.values) for x in same), strict=True))
-        )
-        for same in zip(*layers, strict=True)
-    ]
-    joined.layers = roomy
-    return joined, n_cached
-
-
-def _pad_rows(parts: Sequence[Any], n_rows: int, n_cached: int) -> Tensor:
-    """Stack (1, heads, n, d) of different n as (n_rows, heads, n_cached, d), each at the right end."""
-    _, n_heads, _, d = parts[0].shape
-    padded = parts[0].new_zeros(n_rows, n_heads, n_cached, d)
-    for i, part in enumerate(parts):
-        padded[i, :, n_cached - part.shape[2] :] = part[0]
-    return padded
-
-
-class _RoomyLayer(DynamicLayer):
-    """A cache layer that keeps room for what comes: a copy per token would cost more than the attention itself."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self._key_room, self._value_room = _add_room(keys), _add_room(values)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        stop = start + key_states.shape[2]
-        while stop > self._key_room.shape[2]:
-            self._key_room, self._value_room = _add_room(self._key_room), _add_room(self._value_room)
-        self._key_room[:, :, start:stop] = key_states
-        self._value_room[:, :, start:stop] = value_states
-        self.keys, self.values = self._key_room[:, :, :stop], self._value_room[:, :, :stop]
-        return self.keys, self.values
-
-
-def _add_room(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 0, 0, ROOM_TOKENS))
 
 
 def _max_positions(model: StormForConditionalGeneration) -> int:

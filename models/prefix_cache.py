@@ -63,7 +63,7 @@ def prefix_key(input_ids: Tensor, video_tokens: Tensor) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for part in (input_ids, video_tokens):
         digest.update(str(tuple(part.shape)).encode())
-        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
 

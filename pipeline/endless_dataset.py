@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.core.generated.gcs_pb2 import ActorTableData
+from ray.core.generated import gcs_pb2
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
@@ -25,6 +25,8 @@ ROWS_IN_FLIGHT = 8  # between two steps: what keeps both busy over a turn of the
 EXECUTOR_TURN_S = 0.02  # shorter costs more CPU than it saves time
 SOURCE_CPUS = 0.1  # logical ones
 
+generated: Any = gcs_pb2
+DEAD = generated.ActorTableData.ActorState.DEAD
 update_running_actor_state = _ActorPool._update_running_actor_state  # Ray's own
 
 
@@ -76,7 +78,7 @@ def _notice_dead_actors() -> None:
 
     def update(pool: Any, actor: Any) -> None:
         state = actor._get_local_state()
-        if state == ActorTableData.ActorState.DEAD:
+        if state == DEAD:
             raise RayError(f"the worker {pool.map_worker_cls_name()} died between two rows: the lane restarts")
         update_running_actor_state(pool, actor)
 

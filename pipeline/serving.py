@@ -32,7 +32,7 @@ APPS = (LLM_APP, STORE_APP)
 ATTEMPTS = 4  # of one answer; a replica that died is back within the waits between them
 DESCRIBE_TIMEOUT_S = 30.0
 # How soon a replica that died is missed, and another started; Serve's ten seconds are a third of the time it may take.
-WATCHED = {"health_check_period_s": 1.0}
+MISSED_AFTER_S = 1.0
 RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
 
 
@@ -67,9 +67,9 @@ def _deploy(settings: Settings) -> None:
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},
-        **WATCHED,
+        health_check_period_s=MISSED_AFTER_S,
     ).bind(settings.model, settings.llm)
-    store = TokenStore.options(ray_actor_options={"num_cpus": 0.1}, **WATCHED)  # type: ignore[attr-defined]
+    store = TokenStore.options(ray_actor_options={"num_cpus": 0.1}, health_check_period_s=MISSED_AFTER_S)  # type: ignore[attr-defined]
     targets = [
         serve.RunTarget(llm, name=LLM_APP, route_prefix=None),
         serve.RunTarget(store.bind(settings.store.max_bytes), name=STORE_APP, route_prefix=None),
@@ -84,7 +84,7 @@ def _bind_front(settings: Settings) -> serve.Application:
     from .front.queries import QueryRules
 
     # Absolute: a replica's working folder is its own.
-    front = Front.options(ray_actor_options={"num_cpus": 0.1}, **WATCHED)  # type: ignore[attr-defined]
+    front = Front.options(ray_actor_options={"num_cpus": 0.1}, health_check_period_s=MISSED_AFTER_S)  # type: ignore[attr-defined]
     rules = QueryRules(settings.delivery.allow_private, tuple(settings.kafka.topics))
     return front.bind(settings.serve, settings.output.path.resolve(), rules)
 

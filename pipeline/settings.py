@@ -137,8 +137,9 @@ class LlmSettings(_Section):
     """The LLM deployment on Ray Serve."""
 
     replicas: int = Field(1, ge=1)
-    max_batch_size: int = Field(8, ge=1, le=1024, description="Prompts answered together.")
-    batch_wait_ms: float = Field(10.0, ge=0, description="How long a prompt waits for others to join its batch.")
+    max_batch_size: int = Field(
+        8, ge=1, le=1024, description="Answers written at once. On a CPU all rows are computed, empty ones too."
+    )
     num_threads: int = Field(1, ge=1, description="CPU threads of a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica.")
     timeout_s: float = Field(120.0, gt=0, description="An answer slower than this fails the attempt.")

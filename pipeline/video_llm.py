@@ -1,10 +1,10 @@
-"""The LLM deployment: answers prompts of text and video tokens, many callers' in one batch."""
+"""The LLM deployment: answers prompts of text and video tokens, those of many callers at once."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from ray import serve
 
 from ..models.prompts import VideoAnswer, VideoPrompt
+from .answer_thread import AnswerThread
 from .settings import LlmSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -31,37 +32,28 @@ class ModelDescription:
     chunk_frames: int
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One prompt of a batch, and who hears its answer grow; called in the batch's thread."""
-
-    prompt: VideoPrompt
-    built: Prompt
-    listener: Callable[[str], None] | None = None
-
-
 @serve.deployment(name="VideoLLM", max_ongoing_requests=256)
 class VideoLLM:
-    """Hold the model; batch what is asked at about the same time.
+    """Hold the model; answer what is asked at the same time together.
 
-    Greedy by default, and the same prompt gives the same text whichever prompts share its batch
+    Greedy by default, and the same prompt gives the same text whichever others are answered with it
     (see `models.generation.generate_answers` for how far that holds).
     """
 
     def __init__(self, model: ModelSettings, llm: LlmSettings):
         import torch
 
+        from ..models.generation import AnswerWriter, rows_together
         from ..models.loading import load_model
         from ..models.prefix_cache import PrefixCache
 
         torch.set_num_threads(llm.num_threads)
-        self._loaded = load_model(model.path, device=model.device, dtype=model.dtype)
-        self._prefixes = PrefixCache(llm.prefix_cache_bytes)
-        self._answered = 0
-        self._batches = 0
-        self._generated_tokens = 0
-        self._answer_batch.set_max_batch_size(llm.max_batch_size)  # type: ignore[attr-defined]
-        self._answer_batch.set_batch_wait_timeout_s(llm.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
+        self._loaded = loaded = load_model(model.path, device=model.device, dtype=model.dtype)
+        self._prefixes = prefixes = PrefixCache(llm.prefix_cache_bytes)
+        rows = llm.max_batch_size if rows_together(loaded.model) > 1 else 1
+        self._writing = AnswerThread(
+            lambda: AnswerWriter(loaded.model, loaded.processor, fixed_batch=rows, prefixes=prefixes)
+        )
 
     async def answer(self, prompt: VideoPrompt) -> VideoAnswer:
         """Return the answer to one prompt.
@@ -69,12 +61,12 @@ class VideoLLM:
         Raises:
             ValueError: If the prompt does not fit the model.
         """
-        return await self._answer_batch(_Asked(prompt, self._build(prompt)))
+        return await self._writing.answer(prompt, self._build(prompt))
 
     async def stream(self, prompt: VideoPrompt) -> AsyncIterator[str | VideoAnswer]:
         """Yield the answer's text piece by piece as it grows, and at last the whole answer.
 
-        It shares its batch with whatever else is asked, streamed or not, and is the same text as `answer` gives.
+        It is the same text as `answer` gives.
 
         Raises:
             ValueError: If the prompt does not fit the model; before the first piece.
@@ -86,11 +78,14 @@ class VideoLLM:
         def listener(piece: str) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        answering = asyncio.ensure_future(self._answer_batch(_Asked(prompt, built, listener)))
+        answering = asyncio.ensure_future(self._writing.answer(prompt, built, listener))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
-        while (piece := await pieces.get()) is not None:
-            yield piece
-        yield await answering
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield await answering
+        finally:
+            answering.cancel()  # where the one who asked has left
 
     async def embed(self, text: str) -> np.ndarray:
         """Return a question's embedding (d_model,) float32, for the token policy `relevant`."""
@@ -100,29 +95,10 @@ class VideoLLM:
         return self._loaded.model.embed_text(torch.tensor(ids, dtype=torch.long))
 
     def _build(self, prompt: VideoPrompt) -> Prompt:
-        """Refuse what does not fit before it joins a batch, which would fail with it."""
+        """Return the prompt as tokens, or refuse what does not fit."""
         from ..models.generation import check_prompt
 
         return check_prompt(self._loaded.model, self._loaded.processor, prompt)
-
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
-    async def _answer_batch(self, asked: Sequence[_Asked]) -> list[VideoAnswer]:
-        from ..models.generation import generate_answers
-
-        # In a thread, so that the replica goes on taking requests into the next batch.
-        answers = await asyncio.to_thread(
-            generate_answers,
-            self._loaded.model,
-            self._loaded.processor,
-            [a.prompt for a in asked],
-            built=[a.built for a in asked],
-            listeners=[a.listener for a in asked],
-            prefixes=self._prefixes,
-        )
-        self._answered += len(answers)
-        self._batches += 1
-        self._generated_tokens += sum(a.generated_tokens for a in answers)
-        return answers
 
     async def describe(self) -> ModelDescription:
         """Return what the model is."""
@@ -133,9 +109,9 @@ class VideoLLM:
     async def stats(self) -> dict[str, Any]:
         """Return what was answered since the replica started."""
         return {
-            "answered": self._answered,
-            "batches": self._batches,
-            "generated_tokens": self._generated_tokens,
+            "answered": self._writing.answered,
+            "steps": self._writing.steps,
+            "generated_tokens": self._writing.generated_tokens,
             "prefixes_read": self._prefixes.misses,
             "prefixes_found": self._prefixes.hits,
         }

@@ -1,0 +1,146 @@
+"""The memory of several answers that are written together, each in a row of its own, coming and going at any time.
+
+A row's keys and values start at column 0; what lies behind its length is masked. So neither the arrival of a longer
+prompt nor another row's end moves anything that an answer looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .storm import StormForConditionalGeneration
+
+ALIGN_TOKENS = 16  # float32 numbers in the widest vector, AVX-512
+ROOM_TOKENS = 64  # in whole such steps the rows grow
+
+
+class Slots:
+    """Rows that decode one token each at a time.
+
+    Args:
+        model: In evaluation mode.
+        n_rows: Always decoded together, empty ones included. With one row any kind of cache will do.
+    """
+
+    def __init__(self, model: StormForConditionalGeneration, n_rows: int):
+        self.n_rows = n_rows
+        self._model = model
+        self._places = _Places(torch.zeros(n_rows, dtype=torch.long, device=model.device))
+        self._cache: Any = None
+        self._used = [False] * n_rows
+
+    @property
+    def free(self) -> list[int]:
+        """Return the rows that nobody uses."""
+        return [row for row, used in enumerate(self._used) if not used]
+
+    def put(self, row: int, cache: Any, n_tokens: int) -> None:
+        """Begin a row with the cache of a prompt that was read by itself.
+
+        Raises:
+            ValueError: If there are several rows and the cache is not plain keys and values.
+        """
+        if self.n_rows == 1:
+            self._cache = cache
+        else:
+            layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+            if len(layers) < len(cache.layers):
+                raise ValueError(
+                    "this language model keeps other caches than plain attention's (sliding window, recurrent); "
+                    "expected fixed_batch=1 for it, which answers one prompt after the other"
+                )
+            if self._cache is None:
+                self._cache = DynamicCache()
+                self._cache.layers = [_SlotLayer(self.n_rows, self._places, layer) for layer in layers]
+            for mine, theirs in zip(self._cache.layers, layers, strict=True):
+                mine.put(row, theirs)
+        self._places.lengths[row] = n_tokens
+        self._used[row] = True
+
+    def release(self, row: int) -> None:
+        """Give a row back; with the last one the memory goes."""
+        self._used[row] = False
+        self._places.lengths[row] = 0
+        if not any(self._used):
+            self._cache = None
+
+    def step(self, last: Sequence[int]) -> Tensor:
+        """Take each row's newest token (any number for a free row) and return the logits (n_rows, vocab) after it."""
+        places, device = self._places, self._model.device
+        places.begin_step()
+        more: dict[str, Any] = {}
+        if self.n_rows > 1:
+            columns = torch.arange(places.width, device=device)
+            more["attention_mask"] = (columns <= places.lengths[:, None]).long()
+        out = self._model.language_model(
+            input_ids=torch.tensor(last, device=device)[:, None],
+            position_ids=places.lengths[:, None].clone(),
+            past_key_values=self._cache,
+            use_cache=True,
+            **more,
+        )
+        places.end_step(self._used)
+        return out.logits[:, -1]
+
+
+class _Places:
+    """Where each row writes, the same for all layers."""
+
+    def __init__(self, lengths: Tensor):
+        self.lengths = lengths  # (n_rows,) tokens in each row
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.width = 0  # columns that this step looks at
+
+    def begin_step(self) -> None:
+        longest = int(self.lengths.max()) + 1
+        self.width = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
+
+    def end_step(self, used: Sequence[bool]) -> None:
+        self.lengths += torch.tensor(used, device=self.lengths.device)
+
+
+class _SlotLayer(DynamicLayer):
+    """One layer's keys and values (n_rows, heads, columns, d), of which a step sees the first `width` columns."""
+
+    def __init__(self, n_rows: int, places: _Places, like: DynamicLayer):
+        super().__init__()
+        keys, values = _tensors_of(like)
+        self.lazy_initialization(keys, values)
+        self._places = places
+        self._key_room = keys.new_zeros(n_rows, keys.shape[1], 0, keys.shape[3])
+        self._value_room = values.new_zeros(n_rows, values.shape[1], 0, values.shape[3])
+
+    def put(self, row: int, prompt: DynamicLayer) -> None:
+        keys, values = _tensors_of(prompt)
+        n = keys.shape[2]
+        self._make_room(n)
+        self._key_room[row, :, :n] = keys[0]
+        self._value_room[row, :, :n] = values[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        places = self._places
+        self._make_room(places.width)
+        self._key_room[places.rows, :, places.lengths] = key_states[:, :, 0]
+        self._value_room[places.rows, :, places.lengths] = value_states[:, :, 0]
+        return self._key_room[:, :, : places.width], self._value_room[:, :, : places.width]
+
+    def get_seq_length(self) -> int:
+        return self._places.width - 1  # with the token of this step all columns may be looked at; the mask says which
+
+    def _make_room(self, n: int) -> None:
+        if n > self._key_room.shape[2]:
+            more = -(-n // ROOM_TOKENS) * ROOM_TOKENS - self._key_room.shape[2]
+            self._key_room = F.pad(self._key_room, (0, 0, 0, more))
+            self._value_room = F.pad(self._value_room, (0, 0, 0, more))
+
+
+def _tensors_of(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
