@@ -80,12 +80,13 @@ class StreamView:
         self.stream_id = stream_id
         self._files = files
         self._held = held
+        self._files_read = False
 
     async def last_ns(self) -> int | None:
         """Return when the newest chunk ends; None for a stream without tokens."""
         if self._held is not None:
             return int(self._held.index.end_ns.max())
-        await asyncio.to_thread(self._files.refresh)
+        await self._read_files()
         span = self._files.streams().get(self.stream_id)
         return span[1] if span else None
 
@@ -96,7 +97,7 @@ class StreamView:
         complete_from_ns = end_ns if held is None else held.complete_from_ns // _NS_PER_US * _NS_PER_US
         parts, in_store = [], []
         if start_ns < complete_from_ns:
-            await asyncio.to_thread(self._files.refresh)
+            await self._read_files()
             old = self._files.index(self.stream_id, start_ns, end_ns)
             old = old.where(np.flatnonzero(old.start_ns < complete_from_ns))
             parts, in_store = [old], [np.zeros(len(old), bool)]
@@ -105,6 +106,11 @@ class StreamView:
             new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))
             parts, in_store = [*parts, new], [*in_store, np.ones(len(new), bool)]
         return RangeIndex(self.stream_id, ChunkIndex.join(parts), np.concatenate(in_store))
+
+    async def _read_files(self) -> None:
+        if not self._files_read:
+            await asyncio.to_thread(self._files.refresh)
+            self._files_read = True
 
 
 class TokenSource:
