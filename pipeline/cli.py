@@ -11,6 +11,7 @@ import typer
 from ..operators.errors import SettingsError, StormlineError
 from .commands.ask import ask
 from .commands.broker import broker
+from .commands.compact import compact
 from .commands.demo import demo
 from .commands.eval import evaluate_model
 from .commands.import_model import import_model
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, results, ask, watch, serve, train):
+for command in (demo, broker, publish, run, results, ask, watch, serve, compact, train):
     app.command()(command)
 app.command("import")(import_model)
 app.command("eval")(evaluate_model)

@@ -6,6 +6,8 @@ A temporary file's name starts with a dot and ends in ``.tmp``: Parquet readers 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -13,6 +15,7 @@ from pathlib import Path
 
 TEMPORARY_PREFIX = "."
 TEMPORARY_SUFFIX = ".tmp"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 
 
 def temporary_path(final: Path) -> Path:
@@ -61,6 +64,21 @@ def replace_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     draft.replace(path)
     sync_folder(path.parent)
+
+
+def exchange_folders(one: Path, other: Path) -> None:
+    """Put two folders in each other's place, in one step: whoever lists one of them sees all of one or of the other.
+
+    Raises:
+        OSError: If the file system cannot (NFS, for one), or the two are on different ones.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    renameat2 = getattr(library, "renameat2", None)  # Linux, glibc 2.28 or later
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one))
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def write_failure(error: OSError, root: Path) -> str:

@@ -17,6 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,6 +42,7 @@ from .checkpoint import (
     write_states,
 )
 from .durable_files import is_temporary, make_folder, sync_file, sync_folders, temporary_path, write_failure
+from .files_lock import files_stay
 from .tables import TABLES, dead_letters_table, results_table, split_by_date, tokens_table
 
 logger = logging.getLogger(__name__)
@@ -167,9 +169,13 @@ class EpochWriter:
             return CommitReport(self._last.epoch, {}, (), 0, draft.positions, 0.0, skipped=True)
         self._failed = True  # until the last step is through
         try:
-            for number, step in enumerate(self.STEPS, start=1):
-                getattr(self, step)(draft)
-                self.step_done(number)
+            with ExitStack() as tables_stay:
+                tables_stay.enter_context(files_stay(self.root))
+                for number, step in enumerate(self.STEPS, start=1):
+                    getattr(self, step)(draft)
+                    if step == "publish_tables":
+                        tables_stay.close()  # a compaction may have its moment
+                    self.step_done(number)
         except OSError as error:
             raise CommitError(write_failure(error, self.root)) from error
         return self._committed(draft, began_s)
@@ -271,27 +277,54 @@ def data_file_path(root: Path, table: str, date: str, lane: int, epoch: int) -> 
     return root / table / f"date={date}" / f"lane-{lane:03d}-epoch-{epoch:08d}.parquet"
 
 
-def find_data_files(
+def date_of(path: Path) -> str:
+    """Return the date of a data file."""
+    return path.parent.name.removeprefix("date=")
+
+
+class DateFolder(NamedTuple):
+    """One date of one table, and the names in its folder: all of one moment, however many files come and go."""
+
+    table: str
+    date: str
+    path: Path
+    names: tuple[str, ...]
+
+
+def list_date_folders(
     root: Path, tables: Sequence[str] = tuple(TABLES), *, date: str | None = None
-) -> Iterator[FoundFile]:
-    """Yield every data file that a lane wrote, committed or not, and the drafts, in no order; or one date's alone."""
+) -> Iterator[DateFolder]:
+    """Yield the folders of all dates, or of one, in no order.
+
+    Between two of them files may be compacted; within one the names are those before or after it, never a mixture.
+    """
     for table in tables:
         folder = root / table
         dates = [d for d in os.scandir(folder) if d.is_dir()] if folder.is_dir() else []
-        if date is not None:
-            dates = [d for d in dates if d.name == f"date={date}"]
         for day in dates:
-            for entry in os.scandir(day.path):
-                match = _DATA_FILE.fullmatch(entry.name)
-                if match:
-                    yield FoundFile(
-                        table,
-                        day.name.removeprefix("date="),
-                        int(match.group(1)),
-                        int(match.group(2)),
-                        Path(entry.path),
-                        is_temporary(entry.name),
-                    )
+            if date is None or day.name == f"date={date}":
+                names = tuple(os.listdir(day.path))  # one open folder, so one moment, also if another takes its place
+                yield DateFolder(table, day.name.removeprefix("date="), Path(day.path), names)
+
+
+def find_data_files(
+    root: Path, tables: Sequence[str] = tuple(TABLES), *, date: str | None = None
+) -> Iterator[FoundFile]:
+    """Yield every data file that a lane wrote, committed or not, and the drafts, in no order; or one date's alone.
+
+    What was compacted is in none of them: see `compacted_files`.
+    """
+    for folder in list_date_folders(root, tables, date=date):
+        yield from data_files_in(folder)
+
+
+def data_files_in(folder: DateFolder) -> Iterator[FoundFile]:
+    """Yield those of the names that are data files which a lane wrote, and the drafts of such."""
+    for name in folder.names:
+        match = _DATA_FILE.fullmatch(name)
+        if match:
+            lane, epoch = int(match.group(1)), int(match.group(2))
+            yield FoundFile(folder.table, folder.date, lane, epoch, folder.path / name, is_temporary(name))
 
 
 def _offsets_of(positions: Sequence[Position]) -> dict[TopicPartition, int]:
@@ -299,12 +332,11 @@ def _offsets_of(positions: Sequence[Position]) -> dict[TopicPartition, int]:
 
 
 def _write_parquet(rows: pa.Table, path: Path) -> None:
+    pq.write_table(rows, path, **parquet_options(rows.schema))
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return how the tables are written."""
     # Plain tokens, no byte-stream split: Polars cannot read float16 that is stored so (pola-rs/polars issue 21803).
-    plain = [name for name in rows.column_names if name not in _NOT_REPEATED]
-    pq.write_table(
-        rows,
-        path,
-        compression="zstd",
-        use_dictionary=plain,  # pyright: ignore[reportArgumentType]  # a list is documented; its stubs say bool
-        write_statistics=plain,  # pyright: ignore[reportArgumentType]
-    )
+    plain = [name for name in schema.names if name not in _NOT_REPEATED]
+    return {"compression": "zstd", "use_dictionary": plain, "write_statistics": plain}

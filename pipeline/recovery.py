@@ -9,7 +9,8 @@ The rules, in the order in which they are applied; nothing is deleted before all
 3. A partition goes on from the manifest with its highest next offset, of whichever lane: so lanes may become more
    or fewer.
 4. The settings that a folder was made with still hold.
-5. Rows and drafts of later epochs than a lane's committed one never happened, and are deleted.
+5. Rows and drafts of later epochs than a lane's committed one never happened, and are deleted. Compacted files hold
+   none of these: a compaction takes nothing that rule 1 could give up. One that does is refused, too.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from .checkpoint import (
     remove_epoch,
     write_owner,
 )
+from .compacted_files import find_rows
 from .durable_files import write_failure
+from .files_lock import files_stay
 from .parquet_sink import FoundFile, find_data_files
 
 logger = logging.getLogger(__name__)
@@ -87,9 +90,10 @@ def recover(root: Path | str, *, lanes: int, identity: Mapping[str, Any]) -> Rec
     try:
         owner = _take_over(root, {*range(lanes), *list_lanes(root)})
         record = _Record.read(root)
-        everyone = sorted({*list_lanes(root), *(file.lane for file in find_data_files(root))})
-        partitions = record.settle(everyone, None, identity)
-        n_deleted = record.clean(everyone)
+        with files_stay(root):
+            everyone = sorted({*list_lanes(root), *(rows.lane for rows in find_rows(root))})
+            partitions = record.settle(everyone, None, identity)
+            n_deleted = record.clean(everyone)
         for lane in everyone:
             prune_checkpoints(root, lane)
     except OSError as error:
@@ -121,8 +125,9 @@ def recover_lane(
         owner = _take_over(root, {lane})
         record = _Record.read(root)
         mine = list(partitions)
-        known = record.settle([lane], mine, identity)
-        n_deleted = record.clean([lane])
+        with files_stay(root):
+            known = record.settle([lane], mine, identity)
+            n_deleted = record.clean([lane])
     except OSError as error:
         raise CommitError(write_failure(error, root)) from error
     _log(root, known, record.next_epoch, n_deleted)
@@ -168,6 +173,7 @@ class _Record:
                 break
         self._check_identity(identity)
         self._check_orphans(lanes)
+        self._check_compacted(lanes)
         for lane in lanes:
             for epoch, problem in self.damaged.get(lane, {}).items():
                 if epoch > self.committed(lane):
@@ -281,6 +287,17 @@ class _Record:
                     f"{self.root} has rows of lane {lane} in {len(epochs)} epochs, and no checkpoint of that lane. "
                     f"Expected checkpoints/lane-{lane:03d}. Restore that folder, or choose a new `output.path`. "
                     f"Nothing was deleted."
+                )
+
+    def _check_compacted(self, lanes: Sequence[int]) -> None:
+        """Refuse to go back behind what was compacted: those rows could not be deleted by themselves."""
+        compacted = (rows for rows in find_rows(self.root) if rows.n_rows is not None and rows.lane in lanes)
+        for rows in compacted:
+            if rows.epoch > self.committed(rows.lane):
+                raise CheckpointError(
+                    f"{rows.path} has rows of lane {rows.lane}, epoch {rows.epoch}, and the newest checkpoint of that "
+                    f"lane is of epoch {self.committed(rows.lane)}. Expected checkpoints/lane-{rows.lane:03d} to be as "
+                    f"new as the tables: restore it, or choose a new `output.path`. Nothing was deleted."
                 )
 
     def _warn(self, lane: int, epoch: int, problem: str) -> None:

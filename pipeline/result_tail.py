@@ -1,7 +1,8 @@
 """Follows the committed results of an output folder from any place on: none is missed, none comes twice.
 
 Files are named by lane and epoch, and manifests say which epochs count. So what is new is found by their names: a
-look at what did not change lists a few folders for each lane, and opens nothing.
+look at what did not change lists a few folders for each lane, and opens nothing. What was compacted before it was
+seen is found in the compacted file, row for row.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as ds
-
 from .checkpoint import KEPT_EPOCHS, DamagedCheckpointError, list_committed, list_lanes, read_manifest
-from .parquet_sink import find_data_files
+from .compacted_files import FileRows, find_rows, read_table, while_files_move
+from .parquet_sink import date_of
 from .tables import RESULTS
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 TABLE = "results"
 EPOCHS_AT_ONCE = 64  # whose rows are in memory at a time
 _CURSOR_VERSION = 1
+_Epoch = tuple[int, int, list[FileRows]]  # epoch, lane, and where its rows are, by date
 _MAX_CURSOR_CHARS = 64_000  # a lane takes three or four, more where it is far from its neighbour's epoch
 
 
@@ -152,9 +153,9 @@ class ResultTail:
                 yield event
         self.cursor = self.cursor.joined(_newest(committed))
 
-    def _unseen(self, committed: Mapping[int, list[int]]) -> list[tuple[int, int, list[Path]]]:
-        """Return (epoch, lane, files by date) of what was not seen whole, in the order to hand it out."""
-        found: dict[tuple[int, int], list[Path]] = {}
+    def _unseen(self, committed: Mapping[int, list[int]]) -> list[_Epoch]:
+        """Return what was not seen whole, in the order to hand it out."""
+        found: dict[tuple[int, int], list[FileRows]] = {}
         to_search: dict[int, int] = {}
         for lane, epochs in committed.items():
             seen = self.cursor.epochs.get(lane, 0)
@@ -168,25 +169,26 @@ class ResultTail:
             else:
                 found |= paths
         if to_search:
-            for file in find_data_files(self._root, [TABLE]):
-                lane, epoch = file.lane, file.epoch
-                if not file.temporary and lane in to_search and to_search[lane] < epoch <= committed[lane][0]:
-                    found.setdefault((epoch, lane), []).append(file.path)
-        return [(epoch, lane, sorted(paths)) for (epoch, lane), paths in sorted(found.items())]
+            for rows in while_files_move(lambda: list(find_rows(self._root, [TABLE]))):
+                lane, epoch = rows.lane, rows.epoch
+                if lane in to_search and to_search[lane] < epoch <= committed[lane][0]:
+                    found.setdefault((epoch, lane), []).append(rows)
+        return [(epoch, lane, sorted(rows)) for (epoch, lane), rows in sorted(found.items())]
 
-    def _named_by_manifests(self, lane: int, epochs: Iterable[int]) -> dict[tuple[int, int], list[Path]] | None:
-        paths = {}
+    def _named_by_manifests(self, lane: int, epochs: Iterable[int]) -> dict[tuple[int, int], list[FileRows]] | None:
+        found = {}
         for epoch in epochs:
             try:
                 files = read_manifest(self._root, lane, epoch).data_files
             except (FileNotFoundError, DamagedCheckpointError):
                 return None  # pruned just now, or not whole
-            paths[epoch, lane] = [self._root / file.path for file in files if file.table == TABLE]
-        return {key: found for key, found in paths.items() if found}
+            paths = [self._root / file.path for file in files if file.table == TABLE]
+            found[epoch, lane] = [FileRows(TABLE, date_of(path), lane, epoch, path) for path in paths]
+        return {key: rows for key, rows in found.items() if rows}
 
-    def _events(self, page: list[tuple[int, int, list[Path]]]) -> Iterator[ResultEvent]:
+    def _events(self, page: list[_Epoch]) -> Iterator[ResultEvent]:
         """Yield the rows of some epochs, those of several lanes by the time at which they were made."""
-        read = [(epoch, lane, self._rows(paths)) for epoch, lane, paths in page]
+        read = self._read(page)
         newest: dict[int, datetime] = {}
         made = []
         for _, lane, rows in read:
@@ -206,14 +208,26 @@ class ResultTail:
                 cursor = whole if i + 1 == len(rows) else Cursor(before.epochs, (lane, epoch, i + 1))
                 yield ResultEvent(lane, epoch, i, values, cursor)
 
-    def _rows(self, paths: Iterable[Path]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for path in paths:
-            try:
-                rows += ds.dataset([str(path)], schema=RESULTS, format="parquet").to_table().to_pylist()
-            except FileNotFoundError:
-                logger.warning("results_file_gone path=%s; its rows are left out", path)
-        return rows
+    def _read(self, page: list[_Epoch]) -> list[tuple[int, int, list[dict[str, Any]]]]:
+        """Return (epoch, lane, rows) of some epochs; what was compacted since it was found is read from there."""
+        try:
+            return [(epoch, lane, read_table(rows, RESULTS).to_pylist()) for epoch, lane, rows in page]
+        except FileNotFoundError:
+            return while_files_move(lambda: self._read_moved(page))
+
+    def _read_moved(self, page: list[_Epoch]) -> list[tuple[int, int, list[dict[str, Any]]]]:
+        keys = {(epoch, lane) for epoch, lane, _ in page}
+        now: dict[tuple[int, int], list[FileRows]] = {key: [] for key in keys}
+        for rows in find_rows(self._root, [TABLE]):
+            if (rows.epoch, rows.lane) in keys:
+                now[rows.epoch, rows.lane].append(rows)
+        read = []
+        for epoch, lane, before in page:
+            found = sorted(now[epoch, lane])
+            for date in {rows.date for rows in before} - {rows.date for rows in found}:
+                logger.warning("results_file_gone date=%s lane=%d epoch=%d; its rows are left out", date, lane, epoch)
+            read.append((epoch, lane, read_table(found, RESULTS).to_pylist()))
+        return read
 
 
 def newest_cursor(root: Path) -> Cursor:

@@ -6,7 +6,7 @@ wants each row once goes by the manifests: a file counts when its epoch is not a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from ..operators.errors import SettingsError
 from .checkpoint import list_committed, list_lanes
-from .parquet_sink import FoundFile, find_data_files
+from .compacted_files import FileRows, compacted_in, read_table, rows_of_compacted, while_files_move
+from .parquet_sink import DateFolder, data_files_in, list_date_folders
 from .tables import TABLES
 
 _BULKY = ("tokens", "data")  # columns that nobody wants on a screen
@@ -63,45 +65,72 @@ class TableReader:
         Later dates come before earlier ones, and within a date what was committed later. No more files are read
         than that needs.
         """
+        return while_files_move(lambda: self._newest(limit))
+
+    def _newest(self, limit: int) -> list[dict[str, Any]]:
         committed = self._committed()
         self._seen = dict(committed)
-        rows: list[dict[str, Any]] = []
-        for files in _batches(self._files({}, committed)):
-            if len(rows) >= limit:
+        found = self._schema_of_rows().empty_table()
+        for batch in _batches(self._files(committed)):
+            if found.num_rows >= limit:
                 break
-            rows = self._read(files) + rows
-        return sorted(rows, key=_by_time)[-limit:] if limit else []
+            found = pa.concat_tables([self._read(batch), found])
+        return _by_time(found).slice(max(0, found.num_rows - limit)).to_pylist()
 
     def fresh(self) -> list[dict[str, Any]]:
         """Return the rows committed since the last call of this or of `newest`, oldest first."""
         committed = self._committed()
         if committed == self._seen:
             return []
-        files = self._files(self._seen, committed)
+        rows = while_files_move(lambda: self._read(self._epochs(self._seen, committed)))
         self._seen = dict(committed)
-        return sorted(self._read(sorted(files, key=lambda f: (f.date, f.epoch, f.lane))), key=_by_time)
+        return _by_time(rows).to_pylist()
 
     def _committed(self) -> dict[int, int]:
         newest = ((lane, list_committed(self._root, lane)) for lane in list_lanes(self._root))
         return {lane: epochs[0] for lane, epochs in newest if epochs}
 
-    def _files(self, after: dict[int, int], until: dict[int, int]) -> list[FoundFile]:
-        """Return the files of epochs (after, until] of each lane, without those of days before the filter's."""
-        first_date, last_date = _date_of(self._wanted.since) or "", _date_of(self._wanted.until) or "9999"
-        return [
-            file
-            for file in find_data_files(self._root, [self._table])
-            if not file.temporary
-            and first_date <= file.date <= last_date
-            and after.get(file.lane, 0) < file.epoch <= until.get(file.lane, 0)
-        ]
+    def _files(self, committed: dict[int, int]) -> list[FileRows]:
+        """Return the files of committed rows, without those of days that the filter leaves out."""
+        found: list[FileRows] = []
+        for folder in self._folders():
+            found += [
+                FileRows(file.table, file.date, file.lane, file.epoch, file.path)
+                for file in data_files_in(folder)
+                if not file.temporary and file.epoch <= committed.get(file.lane, 0)
+            ]
+            found += [FileRows(folder.table, folder.date, 0, 0, path) for path in compacted_in(folder)]
+        return found
 
-    def _read(self, files: Iterable[FoundFile]) -> list[dict[str, Any]]:
-        paths = [str(file.path) for file in files]
-        if not paths:
-            return []
-        rows = ds.dataset(paths, schema=self._schema, format="parquet").to_table(self._columns, filter=self._filter())
-        return [row for row in rows.to_pylist() if self._stream_is_wanted(row["stream_id"])]
+    def _epochs(self, after: dict[int, int], until: dict[int, int]) -> list[FileRows]:
+        """Return where the rows of epochs (after, until] of each lane are."""
+        found: list[FileRows] = []
+        for folder in self._folders():
+            found += [
+                FileRows(file.table, file.date, file.lane, file.epoch, file.path)
+                for file in data_files_in(folder)
+                if not file.temporary
+            ]
+            for path in compacted_in(folder):
+                found += rows_of_compacted(folder, path)
+        new = [rows for rows in found if after.get(rows.lane, 0) < rows.epoch <= until.get(rows.lane, 0)]
+        return sorted(new, key=lambda rows: (rows.date, rows.epoch, rows.lane))
+
+    def _folders(self) -> Iterator[DateFolder]:
+        first_date, last_date = _date_of(self._wanted.since) or "", _date_of(self._wanted.until) or "9999"
+        folders = list_date_folders(self._root, [self._table])
+        return (folder for folder in folders if first_date <= folder.date <= last_date)
+
+    def _schema_of_rows(self) -> pa.Schema:
+        return pa.schema([self._schema.field(name) for name in self._columns])
+
+    def _read(self, files: Sequence[FileRows]) -> pa.Table:
+        rows = read_table(files, self._schema, self._columns, self._filter())
+        if self._wanted.stream is None:
+            return rows
+        streams = pc.call_function("unique", [rows["stream_id"]]).to_pylist()
+        wanted = [stream for stream in streams if fnmatchcase(stream, self._wanted.stream)]
+        return rows.filter(ds.field("stream_id").isin(pa.array(wanted, pa.string())))
 
     def _filter(self) -> ds.Expression | None:
         conditions = []
@@ -112,9 +141,6 @@ class TableReader:
         if self._wanted.until is not None:
             conditions.append(ds.field("start_time") < _scalar(self._wanted.until))
         return reduce(and_, conditions) if conditions else None
-
-    def _stream_is_wanted(self, stream_id: str) -> bool:
-        return self._wanted.stream is None or fnmatchcase(stream_id, self._wanted.stream)
 
 
 def check_output_folder(root: Path) -> None:
@@ -133,7 +159,7 @@ def check_output_folder(root: Path) -> None:
         )
 
 
-def _batches(files: list[FoundFile]) -> Iterator[list[FoundFile]]:
+def _batches(files: list[FileRows]) -> Iterator[list[FileRows]]:
     """Yield files in groups of one date and not too many, the newest group first; in a group the oldest file first."""
     for _, group in groupby(sorted(files, key=lambda f: f.date, reverse=True), key=lambda f: f.date):
         day = sorted(group, key=lambda f: (f.path.stat().st_mtime_ns, f.epoch), reverse=True)
@@ -149,5 +175,7 @@ def _scalar(moment: datetime) -> pa.Scalar:
     return pa.scalar(moment.astimezone(timezone.utc), pa.timestamp("us", tz="UTC"))
 
 
-def _by_time(row: dict[str, Any]) -> datetime:
-    return row["start_time"]  # of equal times, what was committed first stays first
+def _by_time(rows: pa.Table) -> pa.Table:
+    """Return the rows sorted; of equal times, what was committed first stays first."""
+    numbered = rows.append_column("n", pa.array(range(rows.num_rows), pa.int64()))
+    return numbered.sort_by([("start_time", "ascending"), ("n", "ascending")]).drop_columns("n")

@@ -23,6 +23,8 @@ from ..operators.rows import Chunk, DeadLetter, Result
 
 SCHEMA_VERSION = 1  # raise it with every change of a column; readers find it in each file's metadata
 
+VERSION_KEY = b"stormline.schema_version"
+
 _NS_PER_US = 1_000
 _TIME = pa.timestamp("us", tz="UTC")
 _FLOATS16 = pa.list_(pa.field("element", pa.float16(), nullable=False))
@@ -31,7 +33,7 @@ _FLOATS16 = pa.list_(pa.field("element", pa.float16(), nullable=False))
 def _schema(name: str, *fields: tuple[str, pa.DataType], nullable: Sequence[str] = ()) -> pa.Schema:
     return pa.schema(
         [pa.field(column, type_, nullable=column in nullable) for column, type_ in fields],
-        metadata={"stormline.table": name, "stormline.schema_version": str(SCHEMA_VERSION)},
+        metadata={b"stormline.table": name.encode(), VERSION_KEY: str(SCHEMA_VERSION).encode()},
     )
 
 

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ import pyarrow.dataset as ds
 
 from .checkpoint import list_committed, list_lanes
 from .chunk_index import ChunkIndex, PastChunk
-from .parquet_sink import FoundFile, find_data_files
+from .compacted_files import compacted_in, read_parts, while_files_move
+from .parquet_sink import data_files_in, list_date_folders
 from .tables import TOKENS
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,13 @@ CACHE_BYTES = 64 << 20  # of chunks that were read of late
 SETTLED_S = 2.0  # a folder's time of change says nothing of a second change in the same tick of the clock
 _INDEX_COLUMNS = ["stream_id", "start_time", "end_time", "token_count", "__filename"]
 _NS_PER_US = 1_000
+_UNREAD = (-1, -1)
+
+
+class _TokenFile(NamedTuple):
+    date: str
+    epoch: int  # the first, of a compacted one
+    path: Path
 
 
 @dataclass
@@ -47,7 +56,7 @@ class _StreamFiles:
 class _Folder:
     """What was seen of one date's folder."""
 
-    changed_ns: int = -1  # its time of change when it was last read whole; -1: read it again
+    changed: tuple[int, int] = (-1, -1)  # its inode and time of change when last read whole; -1: read it again
     known: set[str] = field(default_factory=set)  # names of files that are in the index
 
 
@@ -73,7 +82,7 @@ class TokenFiles:
     def refresh(self) -> None:
         """Take in what was committed since the last call; the first call reads what every file holds."""
         with self._lock:
-            self._refresh()
+            while_files_move(self._refresh)
 
     def _refresh(self) -> None:
         committed = {lane: epochs[0] for lane in list_lanes(self._root) if (epochs := list_committed(self._root, lane))}
@@ -81,31 +90,53 @@ class TokenFiles:
         fresh.sort(key=lambda file: (file.date, file.epoch))
         for start in range(0, len(fresh), FILES_AT_ONCE):
             batch = fresh[start : start + FILES_AT_ONCE]
-            self._take_in(batch)
+            try:
+                self._take_in(batch)
+            except FileNotFoundError:
+                for file in fresh[start:]:
+                    self._folders[file.date].changed = _UNREAD  # its date was compacted: to be listed again
+                raise
             for file in batch:
                 self._folders[file.date].known.add(file.path.name)
 
     def _changed_dates(self) -> Iterator[str]:
         table = self._root / TABLE
         for entry in os.scandir(table) if table.is_dir() else ():
-            date, changed_ns = entry.name.removeprefix("date="), entry.stat().st_mtime_ns
+            date, stat = entry.name.removeprefix("date="), entry.stat()
             folder = self._folders.setdefault(date, _Folder())
-            if entry.is_dir() and folder.changed_ns != changed_ns:
-                settled = time.time_ns() - changed_ns > SETTLED_S * 1e9
-                folder.changed_ns = changed_ns if settled else -1
+            changed = stat.st_ino, stat.st_mtime_ns
+            if entry.is_dir() and folder.changed != changed:
+                settled = time.time_ns() - stat.st_mtime_ns > SETTLED_S * 1e9
+                folder.changed = changed if settled else _UNREAD
                 yield date
 
-    def _fresh_files(self, date: str, committed: dict[int, int]) -> Iterator[FoundFile]:
-        folder = self._folders[date]
-        for file in find_data_files(self._root, [TABLE], date=date):
-            if file.temporary or file.path.name in folder.known:
-                continue
-            if file.epoch <= committed.get(file.lane, 0):
-                yield file
-            else:
-                folder.changed_ns = -1  # it may be committed without another change of the folder
+    def _fresh_files(self, date: str, committed: dict[int, int]) -> Iterator[_TokenFile]:
+        """Yield the committed files of a date that are not in the index; takes out those that were compacted."""
+        known = self._folders[date]
+        for folder in list_date_folders(self._root, [TABLE], date=date):
+            if gone := known.known - set(folder.names):
+                self._take_out({str(folder.path / name) for name in gone})
+                known.known -= gone
+            for path in compacted_in(folder):
+                if path.name not in known.known:
+                    yield _TokenFile(date, read_parts(path)[0].epoch, path)
+            for file in data_files_in(folder):
+                if file.temporary or file.path.name in known.known:
+                    continue
+                if file.epoch <= committed.get(file.lane, 0):
+                    yield _TokenFile(date, file.epoch, file.path)
+                else:
+                    known.changed = _UNREAD  # it may be committed without another change of the folder
 
-    def _take_in(self, files: Sequence[FoundFile]) -> None:
+    def _take_out(self, paths: set[str]) -> None:
+        gone = np.flatnonzero([path in paths for path in self._paths])
+        for name, stream in list(self._streams.items()):
+            left = ~np.isin(stream.files, gone)
+            stream.index, stream.files = stream.index.where(left), stream.files[left]
+            if not len(stream.files):
+                del self._streams[name]
+
+    def _take_in(self, files: Sequence[_TokenFile]) -> None:
         numbers = {str(file.path): len(self._paths) + i for i, file in enumerate(files)}
         rows = ds.dataset(list(numbers), schema=TOKENS, format="parquet").to_table(_INDEX_COLUMNS)
         self._paths += numbers
@@ -151,11 +182,15 @@ class TokenFiles:
         try:
             return self._read(stream_id, starts_ns)
         except FileNotFoundError:
-            # Recovery went back beyond a damaged checkpoint and took files away: what is left is read anew.
-            with self._lock:
-                self._forget()
-                self._refresh()
-            return self._read(stream_id, starts_ns)
+            # Compacted since; or recovery went back beyond a damaged checkpoint and took files away.
+            return while_files_move(lambda: self._read_moved(stream_id, starts_ns))
+
+    def _read_moved(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
+        with self._lock:
+            for folder in self._folders.values():
+                folder.changed = _UNREAD
+            self._refresh()
+        return self._read(stream_id, starts_ns)
 
     def _read(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
         with self._lock:
@@ -190,8 +225,11 @@ class TokenFiles:
             self._cached_bytes -= oldest.tokens.nbytes
 
     def _read_files(self, paths: list[str], stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
-        starts = pa.array(starts_ns // _NS_PER_US, pa.int64()).cast(TOKENS.field("start_time").type)
-        wanted = (ds.field("stream_id") == stream_id) & ds.field("start_time").isin(starts)
+        starts = pa.array(np.unique(starts_ns // _NS_PER_US), pa.int64()).cast(TOKENS.field("start_time").type)
+        time = ds.field("start_time")
+        # The range besides: a row group is left out by its smallest and largest value.
+        in_range = (time >= starts[0]) & (time <= starts[-1]) if len(starts) else ds.scalar(False)
+        wanted = (ds.field("stream_id") == stream_id) & in_range & time.isin(starts)
         columns = ["start_time", "end_time", "token_count", "token_dim", "tokens"]
         rows = ds.dataset(paths, schema=TOKENS, format="parquet").to_table(columns, filter=wanted)
         return list(_chunks(rows))

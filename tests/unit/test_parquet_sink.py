@@ -44,6 +44,8 @@ def test_commit_when_rows_cross_midnight_then_one_file_for_each_date(tmp_path):
     )
 
     assert files_below(tmp_path) == {
+        ".files.lock",
+        ".files.gate",
         "results/date=2026-01-31/lane-000-epoch-00000001.parquet",
         "results/date=2026-02-01/lane-000-epoch-00000001.parquet",
         "checkpoints/lane-000/owner",

@@ -134,7 +134,7 @@ def test_tail_when_nothing_is_new_then_no_file_is_opened(tmp_path, monkeypatch):
         raise AssertionError("opened a file although nothing was new")
 
     monkeypatch.setattr(result_tail, "read_manifest", refuse)
-    monkeypatch.setattr(result_tail, "find_data_files", refuse)
+    monkeypatch.setattr(result_tail, "find_rows", refuse)
     assert poll(tail) == []
 
 
