@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..operators.errors import SettingsError, StormlineError
+from .ray_watch import RayWatch, own_ray
 from .settings import Settings
 from .stop_signals import keep_signal_handlers
 
@@ -434,6 +435,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     except (ConnectionError, OSError, ValueError, RuntimeError) as e:
         raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
     try:
-        yield
+        with RayWatch(own_ray(), tell) if settings.ray.address is None else nullcontext():
+            yield
     finally:
         ray.shutdown()
