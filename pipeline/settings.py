@@ -127,7 +127,9 @@ class LaneSettings(_Section):
         description="A lane stops at a commit and starts again after so many: Ray keeps up to 10 kB of each.",
     )
     stall_s: float = Field(120.0, gt=0, description="A lane without a barrier for so long is restarted.")
-    restart_backoff_s: float = Field(1.0, gt=0, description="First wait before a restart; doubles up to 30 s.")
+    restart_backoff_s: float = Field(
+        1.0, gt=0, description="A lane restarts at once; again with no commit between, after this; doubles up to 30 s."
+    )
     max_restarts: int = Field(
         10, ge=0, description="Restarts in a row, with no commit between, before a lane is given up."
     )

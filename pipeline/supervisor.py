@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..operators.errors import SettingsError, StormlineError
+from ..operators.errors import CommitError, SettingsError, StormlineError
 from .ray_watch import RayWatch, own_ray
 from .settings import Settings
 from .stop_signals import keep_signal_handlers
@@ -49,6 +49,7 @@ class LaneSlot:
     status: LaneStatus | None = None
     last_error: str = ""
     renewing: bool = False  # it was told to stop at its next commit, and starts again from there
+    to_recover: bool = False  # its plan is that of a life that is over
     done: list[LaneStatus] = field(default_factory=list)  # of its earlier lives, for totals
 
 
@@ -241,6 +242,8 @@ class Supervisor:
     def _start_lane(self, slot: LaneSlot) -> None:
         from .lane import start_lane
 
+        if slot.to_recover and not self._recover(slot):
+            return
         slot.actor = start_lane(slot.plan)
         slot.run_ref = slot.actor.run.remote()
         slot.started_s = time.monotonic()
@@ -288,12 +291,15 @@ class Supervisor:
         logger.info("lane_renewed lane=%d epoch=%d segments=%d", slot.plan.lane, status.epoch, status.segments)
 
     def _fail(self, slot: LaneSlot, reason: str) -> None:
-        """Take a failed lane down and plan its next life from its last checkpoint.
+        """Take a failed lane down and have it start again from its last checkpoint.
 
         Raises:
             StormlineError: If it failed too often in a row.
         """
         self._take_down(slot)
+        self._back_off(slot, reason)
+
+    def _back_off(self, slot: LaneSlot, reason: str) -> None:
         lanes = self._settings.lanes
         slot.last_error = reason
         slot.restarts += 1
@@ -303,25 +309,36 @@ class Supervisor:
                 f"lane {slot.plan.lane} failed {slot.restarts} times without a commit between; last: {reason}. "
                 "What was committed is safe: mend the cause and run again."
             )
-        wait_s = min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2 ** (slot.restarts - 1))
+        # At once where it had committed meanwhile: what killed it is over, as a rule.
+        wait_s = 0.0 if slot.restarts == 1 else min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2 ** (slot.restarts - 2))
         slot.retry_at_s = time.monotonic() + wait_s
-        self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint in {wait_s:.0f} s")
+        soon = f"in {wait_s:.0f} s" if wait_s else "at once"
+        self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint {soon}")
 
     def _take_down(self, slot: LaneSlot) -> None:
-        """End a lane's actor, and plan its next life from its newest checkpoint."""
+        """End a lane's actor; its next life begins with its newest checkpoint."""
         import ray
-
-        from .recovery import recover_lane
 
         ray.kill(slot.actor)
         if slot.status is not None:
             slot.done.append(slot.status)
         slot.actor, slot.run_ref, slot.status, slot.renewing = None, None, None, False
+        slot.to_recover = True
+
+    def _recover(self, slot: LaneSlot) -> bool:
+        """Plan a lane's next life from its newest checkpoint; tell whether the disk let us, which may be full."""
+        from .recovery import recover_lane
+
         plan = slot.plan
-        start = recover_lane(
-            plan.start.root, plan.lane, lanes=plan.start.lanes, partitions=plan.partitions, identity=plan.identity
-        )
-        slot.plan = replace(plan, start=start)
+        try:
+            start = recover_lane(
+                plan.start.root, plan.lane, lanes=plan.start.lanes, partitions=plan.partitions, identity=plan.identity
+            )
+        except CommitError as error:
+            self._back_off(slot, str(error))
+            return False
+        slot.plan, slot.to_recover = replace(plan, start=start), False
+        return True
 
     def _stop_lanes(self) -> None:
         import ray
