@@ -77,6 +77,7 @@ class EmbeddedBroker:
     Args:
         port: TCP port; 0 takes a free one.
         host: Address to listen on and to advertise to clients. There is no authentication: keep it local.
+        advertise: ``host:port`` that clients are sent to instead, where something stands between them and it.
         start_timeout_s: How long it may take until it answers.
 
     Raises:
@@ -84,9 +85,17 @@ class EmbeddedBroker:
         RuntimeError: If it does not come up; the message ends with the broker's own last words.
     """
 
-    def __init__(self, port: int = 0, host: str = "127.0.0.1", start_timeout_s: float = 15.0):
+    def __init__(
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        start_timeout_s: float = 15.0,
+        *,
+        advertise: str | None = None,
+    ):
         binary = broker_binary()
         self.host = host
+        self._advertise = advertise
         for tries_left in reversed(range(FREE_PORT_TRIES if port == 0 else 1)):
             self.port = port or _free_port(host)
             try:
@@ -169,9 +178,9 @@ class EmbeddedBroker:
                 f"port {self.port} of {self.host} is taken: another broker runs there, or choose another port"
             )
         log = tempfile.TemporaryFile(prefix="stormline-broker-")  # noqa: SIM115 (closed by stop)
-        url = f"tcp://{self.bootstrap_servers}"
+        url, advertised = f"tcp://{self.bootstrap_servers}", f"tcp://{self._advertise or self.bootstrap_servers}"
         with_parent = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid())]
-        urls = ["--listener-url", url, "--advertised-listener-url", url]
+        urls = ["--listener-url", url, "--advertised-listener-url", advertised]
         process = subprocess.Popen(
             [*with_parent, binary, "broker", *urls, "--storage-engine", "memory://tansu/"],
             stdin=subprocess.DEVNULL,
