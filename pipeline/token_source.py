@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 2.0  # without an answer by then, Parquet has to do; a store that restarts is back soon
 STORE_PAUSE_S = 5.0  # for which it is then not asked, so that a question does not wait several times
+HELD_FOR_S = 0.1  # what the store said goes for so long: many ask about the same stream, and a chunk takes two seconds
 _NS_PER_US = 1_000
 T = TypeVar("T")
 
@@ -130,6 +131,7 @@ class TokenSource:
         self._store = store
         self._clock_s = clock_s
         self._ask_store_from_s = 0.0
+        self._held: dict[str, tuple[float, asyncio.Future[HeldStream | None]]] = {}  # when it was asked
 
     async def streams(self) -> dict[str, StreamSpan]:
         """Return every stream that has tokens, with its first and last time, sorted by name."""
@@ -149,8 +151,14 @@ class TokenSource:
         return await self._ask(lambda: self._store.picture(stream_id))
 
     async def look_up(self, stream_id: str) -> StreamView:
-        """Return what there is of a stream now, as the store says at this moment."""
-        return StreamView(stream_id, self._files, await self._ask(lambda: self._store.held(stream_id)))
+        """Return what there is of a stream now, as the store said within `HELD_FOR_S`."""
+        now_s = self._clock_s()
+        for name in [name for name, (asked_s, _) in self._held.items() if now_s - asked_s >= HELD_FOR_S]:
+            del self._held[name]
+        if stream_id not in self._held:
+            asking = asyncio.ensure_future(self._ask(lambda: self._store.held(stream_id)))
+            self._held[stream_id] = (now_s, asking)
+        return StreamView(stream_id, self._files, await asyncio.shield(self._held[stream_id][1]))
 
     async def read(self, found: RangeIndex, chosen: np.ndarray) -> list[PastChunk]:
         """Return chunks with their tokens, in order of start.
