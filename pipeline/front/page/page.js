@@ -77,8 +77,10 @@ class Card {
   }
 
   say(row) {
-    this.caption.textContent = row.answer;
-    if (row.kind !== "alert") return;
+    if (row.kind !== "alert") {
+      this.caption.textContent = row.answer;
+      return;
+    }
     if (row.alert) this.alerts.add(row.query_id);
     else this.alerts.delete(row.query_id);
     this.button.classList.toggle("alerting", this.alerts.size > 0);
@@ -110,8 +112,7 @@ async function refreshStreams() {
     if (!cards.has(entry.id)) {
       const card = new Card(entry.id);
       cards.set(entry.id, card);
-      const known = rows.find((row) => row.stream_id === entry.id);
-      if (known) card.say(known);
+      for (const row of rows.filter((row) => row.stream_id === entry.id).reverse()) card.say(row);
     }
     cards.get(entry.id).update(entry);
   }
