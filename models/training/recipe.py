@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .clips import WORLDS
+from .lora import PART, Lora
 from .questions import KINDS
 
 Task = Literal["places", "motions", "text"]
@@ -152,8 +153,11 @@ class Recipe:
     model: ModelSizes = field(default_factory=ModelSizes)
     vision_from: str | None = None  # a model folder whose vision tower to take, of the same sizes
     start_from: str | None = None  # a model folder or hub id to go on from; None: from nothing, with `model`'s sizes
+    lora: Lora | None = None  # stages that train the language model train these small matrices in its place
 
     def __post_init__(self) -> None:
+        if self.lora is not None and not any(PART in stage.train for stage in self.stages):
+            raise ValueError(f"recipe {self.name!r} has lora, but no stage trains {PART}; expected one, or no lora")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r} has stages {names}; expected one or more, each with its own name")
@@ -218,6 +222,8 @@ def recipe_from_dict(values: Any, where: str = "recipe") -> Recipe:
     values["stages"] = tuple(_build(Stage, s, f"{where}: stage {i + 1}") for i, s in enumerate(stages))
     if "model" in values:
         values["model"] = _build(ModelSizes, values["model"], f"{where}: model")
+    if values.get("lora") is not None:
+        values["lora"] = _build(Lora, values["lora"], f"{where}: lora")
     return _build(Recipe, values, where)
 
 

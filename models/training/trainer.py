@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ..loading import load_model, save_model
 from ..processing import StormProcessor
 from ..storm import StormForConditionalGeneration
+from .lora import PART as ADAPTED
+from .lora import Adapters
 from .new_model import build_model
 from .recipe import PARTS, Recipe, Stage, recipe_from_dict
 from .tasks import Task, build_task
@@ -100,6 +102,7 @@ class Trainer:
         self.recipe, self.folder = recipe, Path(folder)
         self._clock, self._save_every_s = clock, save_every_s
         self.model, self.processor, self._start_name = _start(recipe)
+        self._adapters = None if recipe.lora is None else Adapters(self.model, recipe.lora, recipe.seed)
         place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
         self.device = torch.device(place)
         nn.Module.to(self.model, self.device)
@@ -133,6 +136,9 @@ class Trainer:
     def export(self) -> Path:
         """Write the model as it stands to ``model/``."""
         folder = self.folder / "model"
+        if self._adapters is not None:
+            self._adapters.merge()
+            self._adapters = None
         config = self.model.config
         config.trained = True
         if config.imported is not None:  # trained, it is another model than the one imported
@@ -185,7 +191,9 @@ class Trainer:
         """Freeze what the stage does not train, and take up the optimisers' memory where there is some."""
         for part in PARTS:
             for parameter in self.model.parameters_of(part).values():
-                parameter.requires_grad_(part in stage.train)
+                parameter.requires_grad_(False)
+            for parameter in self._trained_of(part).values() if part in stage.train else ():
+                parameter.requires_grad_(True)
         if stage.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -237,7 +245,13 @@ class Trainer:
         if self.recipe.start_from is None:
             return dict(self.model.named_parameters())
         parts = {part for stage in self.recipe.stages for part in stage.train}
-        return {name: p for part in sorted(parts) for name, p in self.model.parameters_of(part).items()}
+        return {name: p for part in sorted(parts) for name, p in self._trained_of(part).items()}
+
+    def _trained_of(self, part: str) -> dict[str, nn.Parameter]:
+        """Return what of a part changes where a stage trains it."""
+        if part == ADAPTED and self._adapters is not None:
+            return self._adapters.parameters()
+        return self.model.parameters_of(part)
 
     def _restore(self) -> None:
         found = load_state(self.folder / "state")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from small_sources import save_source
 
 from stormline.models.importing import import_model
 from stormline.models.loading import load_model
+from stormline.models.training.lora import Lora
 from stormline.models.training.recipe import recipe_from_dict
 from stormline.models.training.trainer import Trainer
 
@@ -87,6 +89,38 @@ def test_trainer_when_stopped_then_the_same_model_and_only_what_trains_is_kept(s
     assert hashes(load_model(pieces, device="cpu").model) == hashes(load_model(whole, device="cpu").model)
     trained = [p for part in ALIGN["train"] for p in load_model(start, device="cpu").model.parameters_of(part).values()]
     assert kept < 1.5 * 3 * sum(p.nbytes for p in trained) + 50_000  # weights and two moments
+
+
+def test_trainer_when_it_adapts_the_language_model_with_lora_then_the_result_is_an_ordinary_model(start, tmp_path):
+    recipe = make_recipe(start, train=["language_model"], steps=12)
+    lora = replace(recipe, lora=Lora(rank=4, alpha=8.0))
+    before = load_model(start, device="cpu").model
+
+    whole, losses = run(lora, tmp_path / "whole")
+    _, _ = run(lora, tmp_path / "pieces", should_stop=lambda: True)
+    kept = sum(path.stat().st_size for path in (tmp_path / "pieces" / "state").glob("*.safetensors"))
+    pieces, _ = run(lora, tmp_path / "pieces")
+
+    after = load_model(whole, device="cpu").model
+    assert {p for p in hashes(before) if hashes(before)[p] != hashes(after)[p]} == {"language_model"}
+    assert hashes(load_model(pieces, device="cpu").model) == hashes(after)
+    assert [name for name, _ in after.named_parameters()] == [name for name, _ in before.named_parameters()]
+    changed = [n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))]
+    assert changed
+    assert all(name.endswith("_proj.weight") for name in changed)
+    for name in changed:
+        update = (after.get_parameter(name) - before.get_parameter(name)).detach()
+        assert torch.linalg.matrix_rank(update, rtol=1e-3) <= 4
+    assert losses[-1] < losses[0]
+    assert kept < 0.5 * sum(p.nbytes for p in before.parameters_of("language_model").values())
+
+
+def test_recipe_when_lora_has_nothing_to_adapt_then_says_so(start):
+    with pytest.raises(ValueError, match="no stage trains language_model"):
+        recipe_from_dict({"name": "tried", "start_from": str(start), "lora": {"rank": 8}, "stages": [ALIGN]})
+    for wrong in ({"rank": 0}, {"alpha": 0}, {"dropout": 1}, {"ranks": 3}):
+        with pytest.raises(ValueError, match="expected"):
+            recipe_from_dict({"name": "tried", "lora": wrong, "stages": [ALIGN | {"train": ["language_model"]}]})
 
 
 def test_trainer_when_video_is_bidirectional_then_it_learns_on_the_logits_that_answers_come_from(start):
