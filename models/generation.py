@@ -376,7 +376,7 @@ def _max_positions(model: StormForConditionalGeneration) -> int:
 def _end_ids(model: StormForConditionalGeneration, processor: StormProcessor) -> set[int]:
     named = model.generation_config.eos_token_id if model.generation_config else None
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return {processor.eos_token_id, *named}
+    return {processor.eos_token_id, processor.end_of_answer_id, *named}
 
 
 def _exact_attention(

@@ -132,14 +132,20 @@ class StormProcessor:
         self.frame_prefix, self.frame_suffix, self.video_suffix = frame_prefix, frame_suffix, video_suffix
         self.frame_tokens, self.content_parts = frame_tokens, content_parts
         self._eos_token_id = next(iter(tokenizer.encode(str(tokenizer.eos_token), add_special_tokens=False)))
+        self._end_of_answer_id = self._find_end_of_answer()
         self._special_texts = {video_token} | {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
 
     @property
     def eos_token_id(self) -> int:
-        """Return the token that ends an answer."""
+        """Return the tokenizer's own end token, which may end an answer."""
         return self._eos_token_id
+
+    @property
+    def end_of_answer_id(self) -> int:
+        """Return the token that the chat template puts behind an answer, such as Gemma's ``<end_of_turn>``."""
+        return self._end_of_answer_id
 
     def prepare_frames(self, frames: np.ndarray | Tensor) -> Tensor:
         """Return pixel_values (..., 3, H, W) float32 of frames (..., H, W, 3) uint8 RGB at the model's size.
@@ -230,6 +236,14 @@ class StormProcessor:
         bos = self.tokenizer.bos_token  # a template that leaves it out counts on the tokenizer, as in transformers
         adds_bos = bos is not None and not rendered.startswith(str(bos))
         return list(self.tokenizer.encode(rendered, add_special_tokens=adds_bos))
+
+    def _find_end_of_answer(self) -> int:
+        mark = "stormline"  # stands for an answer
+        turns = [self._message("user", "?"), self._message("assistant", mark)]
+        behind = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(mark)[2]
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ids = self.tokenizer.encode(behind, add_special_tokens=False)
+        return next((i for i in ids if i in special), self._eos_token_id)
 
     def _split_frames(self, n_tokens: int) -> list[int]:
         """Return how many of a chunk's tokens go into each of its frames."""

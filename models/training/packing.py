@@ -98,7 +98,7 @@ class TextPacker:
 
     def _read_answer(self, answer: str) -> np.ndarray:
         ids = self._processor.tokenizer.encode(answer, add_special_tokens=False)
-        return np.array([*ids, self._processor.eos_token_id])
+        return np.array([*ids, self._processor.end_of_answer_id])
 
 
 def collate(rows: Sequence[TextRow], pad_token_id: int) -> TextBatch:

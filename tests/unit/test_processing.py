@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -163,3 +164,17 @@ def test_processor_when_folder_or_tokenizer_is_wrong_then_says_so(tokenizer, tmp
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         StormProcessor(bare, image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [("<|user|>\n", "<|user|>"), ("\n<|user|><|end|>", "<|user|>"), ("<|end|>", "<|end|>"), ("", "<|end|>")],
+)
+def test_end_of_answer_when_the_template_has_its_own_then_that(tokenizer, behind, expected):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + behind + "{% endfor %}"
+
+    ended = StormProcessor(own, image_size=16)
+
+    assert own.convert_ids_to_tokens([ended.end_of_answer_id]) == [expected]
+    assert own.convert_ids_to_tokens([ended.eos_token_id]) == ["<|end|>"]
