@@ -25,7 +25,7 @@ class Lora:
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     modules: tuple[str, ...] = ()
 
