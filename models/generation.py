@@ -52,6 +52,10 @@ def use_exact_decoding(model: StormForConditionalGeneration) -> None:
         model.language_model.set_attn_implementation(EXACT_ATTENTION)
 
 
+def _has_exact_attention(model: StormForConditionalGeneration) -> bool:
+    return model.language_model.config._attn_implementation == EXACT_ATTENTION
+
+
 def check_prompt(model: StormForConditionalGeneration, processor: StormProcessor, prompt: VideoPrompt) -> Prompt:
     """Return the prompt as tokens.
 
@@ -175,7 +179,7 @@ class AnswerWriter:
             raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
         self._model, self._processor = model, processor
         self._prefixes = PrefixCache() if prefixes is None else prefixes
-        self._slots = Slots(model, n_rows)
+        self._slots = Slots(model, n_rows, skip_free=_has_exact_attention(model))
         self._rows: list[PendingAnswer | None] = [None] * n_rows
 
     @property
@@ -393,7 +397,7 @@ def _exact_attention(
     Args:
         module: The attention layer.
         query: (B, n_heads, n, d).
-        key: (B, n_kv_heads, n_keys, d).
+        key: (B, n_kv_heads, n_keys, d); for one new token perhaps of fewer rows, the rest of which then see nothing.
         value: As key.
         attention_mask: (B, 1, n, n_keys) bool, True where to look; or None.
         scaling: None for 1 / sqrt(d).
@@ -404,13 +408,15 @@ def _exact_attention(
     """
     if query.shape[2] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    b, n_heads, _, d = query.shape
+    n_rows, (b, n_heads, _, d) = len(query), query[: len(key)].shape
+    query = query[:b]
     grouped = query.reshape(b, key.shape[1], n_heads // key.shape[1], d)
     scores = grouped @ key.transpose(-1, -2) * (d**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask[:, :, :, : key.shape[2]], -torch.inf)
+        scores = scores.masked_fill(~attention_mask[:b, :, :, : key.shape[2]], -torch.inf)
     out = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    return out.reshape(b, 1, n_heads, d), None
+    out = out.reshape(b, 1, n_heads, d)
+    return F.pad(out, (0, 0, 0, 0, 0, 0, 0, n_rows - b)), None
 
 
 AttentionInterface.register(EXACT_ATTENTION, _exact_attention)

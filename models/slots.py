@@ -26,11 +26,14 @@ class Slots:
     Args:
         model: In evaluation mode.
         n_rows: Always decoded together, empty ones included. With one row any kind of cache will do.
+        skip_free: Whether attention leaves out the free rows behind the last used one; the model's attention must
+            take fewer rows of keys than of queries.
     """
 
-    def __init__(self, model: StormForConditionalGeneration, n_rows: int):
+    def __init__(self, model: StormForConditionalGeneration, n_rows: int, *, skip_free: bool = False):
         self.n_rows = n_rows
         self._model = model
+        self._skip_free = skip_free
         self._places = _Places(torch.zeros(n_rows, dtype=torch.long, device=model.device))
         self._cache: Any = None
         self._used = [False] * n_rows
@@ -73,7 +76,8 @@ class Slots:
     def step(self, last: Sequence[int]) -> Tensor:
         """Take each row's newest token (any number for a free row) and return the logits (n_rows, vocab) after it."""
         places, device = self._places, self._model.device
-        places.begin_step()
+        last_used = max(row for row, used in enumerate(self._used) if used)
+        places.begin_step(last_used + 1 if self._skip_free else self.n_rows)
         more: dict[str, Any] = {}
         if self.n_rows > 1:
             columns = torch.arange(places.width, device=device)
@@ -96,8 +100,10 @@ class _Places:
         self.lengths = lengths  # (n_rows,) tokens in each row
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.width = 0  # columns that this step looks at
+        self.n_seen = 0  # rows that it looks at
 
-    def begin_step(self) -> None:
+    def begin_step(self, n_seen: int) -> None:
+        self.n_seen = n_seen
         longest = int(self.lengths.max()) + 1
         self.width = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
 
@@ -128,7 +134,8 @@ class _SlotLayer(DynamicLayer):
         self._make_room(places.width)
         self._key_room[places.rows, :, places.lengths] = key_states[:, :, 0]
         self._value_room[places.rows, :, places.lengths] = value_states[:, :, 0]
-        return self._key_room[:, :, : places.width], self._value_room[:, :, : places.width]
+        seen, width = places.n_seen, places.width
+        return self._key_room[:seen, :, :width], self._value_room[:seen, :, :width]
 
     def get_seq_length(self) -> int:
         return self._places.width - 1  # with the token of this step all columns may be looked at; the mask says which

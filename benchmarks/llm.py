@@ -1,0 +1,120 @@
+"""Writing answers about video: continuously, against transformers' `generate`, one by one and in static batches.
+
+    python benchmarks/llm.py [--rounds 3]
+
+The model that stormline ships, prompts of 256 video tokens, answers of 8 to 48 tokens (what people ask for differs,
+which is what a static batch suffers from). In one process and in turns, greedy, with the same prompts and lengths: the
+video is another for each prompt, then the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from stormline.models.generation import check_prompt, generate_answers
+from stormline.models.loading import LoadedModel, load_model
+from stormline.models.prompts import VideoPrompt
+from stormline.models.selection import VideoChunk
+
+RESULT = Path(__file__).parent / "results" / "llm.json"
+REQUESTS = (1, 4, 16)
+STATIC_BATCH = 8
+N_CHUNKS, CHUNK_TOKENS = 16, 16
+WORDS = (8, 48, 16, 32)
+
+
+def make_prompts(loaded: LoadedModel, n: int, *, same_video: bool) -> list[VideoPrompt]:
+    """Return prompts about random tokens, on which no answer ends by itself before long."""
+    prompts = []
+    for i in range(n):
+        rng = np.random.default_rng(0 if same_video else i)
+        tokens = rng.standard_normal((N_CHUNKS, CHUNK_TOKENS, loaded.model.config.d_model)).astype(np.float16)
+        chunks = tuple(VideoChunk(2.0 * k, 2.0 * k + 2, tokens[k]) for k in range(N_CHUNKS))
+        prompts.append(VideoPrompt("Describe what happens.", chunks, max_new_tokens=WORDS[i % len(WORDS)]))
+    return prompts
+
+
+def by_generate(loaded: LoadedModel, prompts: Sequence[VideoPrompt], batch: int) -> None:
+    """Answer with transformers' own generation, so many prompts in a batch, each batch until its longest is done."""
+    model: Any = loaded.model
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        built = [check_prompt(model, loaded.processor, prompt) for prompt in part]
+        ids = torch.stack([b.input_ids for b in built])  # all as long: no padding to pay for
+        video = torch.cat([b.video_tokens for b in built]).float()
+        n = max(prompt.max_new_tokens for prompt in part)
+        model.generate(ids, video_tokens=video, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
+
+
+def seconds(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return each work's median seconds, in turns."""
+    took: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            began_s = time.perf_counter()
+            work()
+            if turn:
+                took[name].append(time.perf_counter() - began_s)
+    return {name: statistics.median(series) for name, series in took.items()}
+
+
+def measure(loaded: LoadedModel, n: int, rounds: int, *, same_video: bool) -> dict[str, float]:
+    """Return tokens a second of each way, and the ratios."""
+    prompts = make_prompts(loaded, n, same_video=same_video)
+    written = sum(answer.generated_tokens for answer in generate_answers(loaded.model, loaded.processor, prompts))
+    asked = sum(prompt.max_new_tokens for prompt in prompts)
+    with torch.inference_mode():
+        took = seconds(
+            {
+                "ours": lambda: generate_answers(loaded.model, loaded.processor, prompts),
+                "one by one": lambda: by_generate(loaded, prompts, 1),
+                "static batches": lambda: by_generate(loaded, prompts, STATIC_BATCH),
+            },
+            rounds,
+        )
+    rates = {name: (written if name == "ours" else asked) / s for name, s in took.items()}
+    return {
+        "tokens_per_s": round(rates["ours"], 1),
+        "over one by one": round(rates["ours"] / rates["one by one"], 2),
+        "over static batches": round(rates["ours"] / rates["static batches"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="as the deployment has by default")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    loaded = load_model(None, device="cpu")
+    report: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": options.threads,
+        "static_batch": STATIC_BATCH,
+    }
+    for name, same in (("each its own video", False), ("the same video", True)):
+        report[name] = {}
+        for n in REQUESTS:
+            report[name][str(n)] = told = measure(loaded, n, options.rounds, same_video=same)
+            print(f"{name}, {n} requests: {told}", flush=True)
+    report["load_average"] = os.getloadavg()[0]
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
