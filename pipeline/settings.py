@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..operators.errors import SettingsError
 from .query_settings import Query, check_sinks
+from .secret_references import is_reference
 
 SECRET_WORDS = ("password", "secret", "token", "key", "jaas")
 
@@ -135,6 +136,21 @@ class LaneSettings(_Section):
     )
 
 
+class VllmSettings(_Section):
+    """A vLLM server that writes the answers in place of the model's own language model."""
+
+    url: str = Field(pattern=r"^https?://", description="Its OpenAI-compatible address, such as http://gpu-1:8000/v1.")
+    model: str = Field(min_length=1, description="The name under which it serves the language model.")
+    api_key: str | None = Field(None, description="Where it wants one: ${env:NAME} or ${file:/path}.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _by_reference(cls, value: str | None) -> str | None:
+        if value is not None and not is_reference(value):
+            raise ValueError("expected ${env:NAME} or ${file:/path}: settings are shown and logged")
+        return value
+
+
 class LlmSettings(_Section):
     """The LLM deployment on Ray Serve."""
 
@@ -145,6 +161,7 @@ class LlmSettings(_Section):
     num_threads: int = Field(1, ge=1, description="CPU threads of a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica.")
     timeout_s: float = Field(120.0, gt=0, description="An answer slower than this fails the attempt.")
+    vllm: VllmSettings | None = Field(None, description="A vLLM server to have the answers written by; None: here.")
     prefix_cache_bytes: int = Field(
         256 << 20, ge=0, description="Memory of a replica for video that it has read, for the next question about it."
     )

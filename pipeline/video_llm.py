@@ -14,6 +14,7 @@ from ray import serve
 from ..models.prompts import VideoAnswer, VideoPrompt
 from .answer_thread import AnswerThread
 from .settings import LlmSettings, ModelSettings
+from .vllm_client import VllmClient
 
 if TYPE_CHECKING:
     from ..models.processing import Prompt
@@ -51,9 +52,13 @@ class VideoLLM:
         self._loaded = loaded = load_model(model.path, device=model.device, dtype=model.dtype)
         self._prefixes = prefixes = PrefixCache(llm.prefix_cache_bytes)
         rows = llm.max_batch_size if rows_together(loaded.model) > 1 else 1
-        self._writing = AnswerThread(
-            lambda: AnswerWriter(loaded.model, loaded.processor, fixed_batch=rows, prefixes=prefixes)
-        )
+        self._writing: AnswerThread | VllmClient
+        if llm.vllm is not None:
+            self._writing = VllmClient(loaded, llm.vllm, llm.timeout_s)
+        else:
+            self._writing = AnswerThread(
+                lambda: AnswerWriter(loaded.model, loaded.processor, fixed_batch=rows, prefixes=prefixes)
+            )
 
     async def answer(self, prompt: VideoPrompt) -> VideoAnswer:
         """Return the answer to one prompt.
@@ -110,7 +115,6 @@ class VideoLLM:
         """Return what was answered since the replica started."""
         return {
             "answered": self._writing.answered,
-            "steps": self._writing.steps,
             "generated_tokens": self._writing.generated_tokens,
             "prefixes_read": self._prefixes.misses,
             "prefixes_found": self._prefixes.hits,
