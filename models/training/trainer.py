@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..storm import StormForConditionalGeneration
 from .lora import PART as ADAPTED
 from .lora import Adapters
 from .new_model import build_model
+from .ranks import Ranks
 from .recipe import PARTS, Recipe, Stage, recipe_from_dict
 from .tasks import Task, build_task
 from .train_state import Optimizers, build_optimizers, load_state, save_state
@@ -86,6 +87,7 @@ class Trainer:
         device: str = "auto",
         clock: Callable[[], float] = time.monotonic,
         save_every_s: float = SAVE_EVERY_S,
+        ranks: Ranks | None = None,
     ):
         """Build the model, or take up the training that the folder holds.
 
@@ -95,12 +97,18 @@ class Trainer:
             device: ``auto``, ``cpu`` or ``cuda``.
             clock: In seconds; for progress and saving alone.
             save_every_s: How often the state is written; it also is at each stage's end.
+            ranks: This process among others that train with it; None: alone. The same number of them gives the same
+                model again, another number nearly the same.
 
         Raises:
-            ValueError: If the folder holds the training of another recipe. Stages not yet begun may have changed.
+            ValueError: If a stage's batch cannot be shared, or the folder holds the training of another recipe. Stages
+                not yet begun may have changed.
         """
         self.recipe, self.folder = recipe, Path(folder)
         self._clock, self._save_every_s = clock, save_every_s
+        self.ranks = ranks or Ranks()
+        for stage in recipe.stages:
+            self.ranks.share_of(stage.batch)
         self.model, self.processor, self._start_name = _start(recipe)
         self._adapters = None if recipe.lora is None else Adapters(self.model, recipe.lora, recipe.seed)
         place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
@@ -131,7 +139,10 @@ class Trainer:
         while not self.finished:
             if not self._run_stage(report, should_stop or (lambda: False)):
                 return None
-        return self.export()
+        if self.ranks.first:
+            self.export()
+        self.ranks.wait()
+        return self.folder / "model"
 
     def export(self) -> Path:
         """Write the model as it stands to ``model/``."""
@@ -156,14 +167,19 @@ class Trainer:
     def _run_stage(self, report: Callable[[TrainProgress], None], should_stop: Callable[[], bool]) -> bool:
         stage = self.recipe.stages[self._stage_index]
         torch.manual_seed(self.recipe.seed * 1000 + self._stage_index)  # for the task's heads
-        task = build_task(stage, self._stage_index, self.recipe, self.model, self.processor)
+        mine = replace(stage, batch=self.ranks.share_of(stage.batch))
+        task = build_task(mine, self._stage_index, self.recipe, self.model, self.processor)
         task.heads.to(self.device)
         optimizers = self._prepare(stage, task)
         began_s = reported_s = saved_s = self._clock()
+        if not self.ranks.first:
+            self.ranks.wait()  # until the first has filled the cache
         task.prepare(
             self.folder / "cache" / stage.name,
             lambda n: report(self._progress(stage, began_s, 0, f"{n} of {stage.cached_streams} clips encoded")),
         )
+        if self.ranks.first:
+            self.ranks.wait()
         first_step, steps_began_s = self._step, self._clock()
         while self._step < stage.steps:
             loss, counts = self._train_step(stage, task, optimizers)
@@ -177,7 +193,7 @@ class Trainer:
                 self._count_time(stage, saved_s, now_s)
                 self._save(task, optimizers)
                 saved_s = now_s
-            if should_stop():
+            if self.ranks.any(should_stop(), self.device):
                 self._count_time(stage, saved_s, self._clock())
                 self._save(task, optimizers)
                 return False
@@ -210,7 +226,7 @@ class Trainer:
 
     def _train_step(self, stage: Stage, task: Task, optimizers: Optimizers) -> tuple[float, dict[str, Tensor]]:
         self.model.train()
-        loss, counts = task.loss(self._step)
+        loss, counts = task.loss(self._step * self.ranks.world + self.ranks.rank)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"stage {stage.name!r} has a loss of {loss.item()} at step {self._step}; expected a number. "
@@ -218,6 +234,7 @@ class Trainer:
             )
         loss.backward()
         trained = [p for o in optimizers.parts for g in o.param_groups for p in g["params"]]
+        self.ranks.average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         optimizers.step(learning_rate_at(stage, self._step))
         for parameter in trained:
@@ -227,6 +244,8 @@ class Trainer:
     # ---- what is kept ----
 
     def _save(self, task: Task | None, optimizers: Optimizers | None) -> None:
+        if not self.ranks.first:
+            return
         tensors = {f"model/{k}": v.detach().cpu().clone() for k, v in self._kept_parameters().items()}
         if task is not None and optimizers is not None:
             tensors |= {f"heads/{k}": v.detach().cpu().clone() for k, v in task.heads.state_dict().items()}
@@ -283,6 +302,8 @@ class Trainer:
         self._seconds[stage.name] += now_s - began_s
 
     def _log(self, stage: Stage) -> None:
+        if not self.ranks.first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         line = {
             "stage": stage.name,

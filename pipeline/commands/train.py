@@ -39,10 +39,13 @@ def train(
       stormline train --out /tmp/try --scale 0.01         # a hundredth of the steps: does it run?
 
       stormline train my-recipe.yaml --device cuda
+
+      torchrun --nproc-per-node 8 --no-python stormline train my-recipe.yaml --device cuda    # eight GPUs
     """
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from ...models.training.ranks import Ranks
     from ...models.training.recipe import load_recipe
     from ...models.training.trainer import Trainer
     from ..stop_signals import EXIT_INTERRUPTED, on_stop_signal
@@ -51,12 +54,18 @@ def train(
     transformers_logging.disable_progress_bar()
     try:
         chosen = load_recipe(recipe)
-        trainer = Trainer(chosen if scale == 1.0 else chosen.scaled(scale), out, device=device)
+        chosen = chosen if scale == 1.0 else chosen.scaled(scale)
+        place = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        ranks = Ranks.join(place)
+        trainer = Trainer(chosen, out, device=place, ranks=ranks)
     except (ValueError, FileNotFoundError) as error:
         raise SettingsError(str(error)) from error
     stop = threading.Event()
     with on_stop_signal(stop.set, typer.echo):
-        folder = trainer.run(_show, stop.is_set)
+        folder = trainer.run(_show if ranks.first else None, stop.is_set)
+    ranks.leave()
+    if not ranks.first:
+        return
     if folder is None:
         typer.echo(f"stopped; the same command goes on from {out}")
         raise typer.Exit(EXIT_INTERRUPTED)
