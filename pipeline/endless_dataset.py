@@ -79,7 +79,7 @@ def _notice_dead_actors() -> None:
     def update(pool: Any, actor: Any) -> None:
         state = actor._get_local_state()
         if state == DEAD:
-            raise RayError(f"the worker {pool.map_worker_cls_name()} died between two rows: the lane restarts")
+            raise RayError(f"the worker {pool.map_worker_cls_name} died between two rows: the lane restarts")
         update_running_actor_state(pool, actor)
 
     pools: Any = _ActorPool

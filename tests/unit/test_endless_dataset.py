@@ -2,12 +2,15 @@
 
 import inspect
 
+import pytest
+from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
+from ray.exceptions import RayError
 
 from stormline.pipeline.endless_dataset import EXECUTOR_TURN_S, ROWS_IN_FLIGHT, lane_context
 
@@ -32,7 +35,16 @@ def test_ray_data_when_read_then_uses_what_the_lane_sets():
     assert hasattr(DataContext(), "_max_num_blocks_in_streaming_gen_buffer")
 
 
-def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(monkeypatch):
+class DeadActor:
+    """Stands for an actor whose process has died."""
+
+    def _get_local_state(self):
+        return ActorTableData.ActorState.DEAD
+
+
+@pytest.fixture
+def as_before(monkeypatch):
+    """Put back at the end what `lane_context` replaces inside Ray."""
     for owner, name in (
         (streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S"),
         (map_operator, "to_stats"),
@@ -41,7 +53,19 @@ def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(monkeyp
         (_StatsManager, "update_execution_metrics"),
         (_StatsManager, "update_iteration_metrics"),
     ):
-        monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))  # put back at the end
+        monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))
+
+
+def test_actor_when_it_died_between_two_rows_then_the_error_names_its_step(as_before):
+    lane_context(DataContext())
+    pool = object.__new__(_ActorPool)
+    pool._map_worker_cls_name = "MapWorker(MapBatches(Encode))"
+
+    with pytest.raises(RayError, match=r"the worker MapWorker\(MapBatches\(Encode\)\) died between two rows"):
+        pool._update_running_actor_state(DeadActor())
+
+
+def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(as_before):
     context = DataContext()
 
     lane_context(context)
