@@ -31,6 +31,9 @@ MAX_BACKOFF_S = 30.0
 # of a CPU are more than it expects on a small machine.
 RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
 PROXY_START_S = 60.0
+START_LIMIT_S = (
+    600.0  # of a lane until its first commit: it loads its model, which may be large and come over a network
+)
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 
 
@@ -269,9 +272,10 @@ class Supervisor:
         return slot.status is not None and slot.status.segments >= limit
 
     def _stalled(self, slot: LaneSlot) -> bool:
-        if slot.status is None:
-            return time.monotonic() - slot.started_s > 2 * self._settings.lanes.stall_s
-        return slot.status.last_barrier_s > self._settings.lanes.stall_s
+        stall_s = self._settings.lanes.stall_s
+        if slot.status is None or slot.status.epoch == 0:
+            return time.monotonic() - slot.started_s > max(START_LIMIT_S, 2 * stall_s)
+        return slot.status.last_barrier_s > stall_s
 
     def _lane_ended(self, slot: LaneSlot) -> None:
         import ray
@@ -451,6 +455,8 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
             ray.init(**options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as e:
         raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
+    except Exception as e:
+        raise StormlineError(f"Ray did not come up ({e}) Is this machine too busy? Run again.") from e
     try:
         with RayWatch(own_ray(), tell) if settings.ray.address is None else nullcontext():
             yield

@@ -1,14 +1,18 @@
 """What the supervisor does about a lane that failed, as far as that needs no Ray."""
 
+import time
+from dataclasses import replace
+
 import pytest
+import ray
 
 from stormline.operators.errors import StormlineError
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline.checkpoint import lane_folder
-from stormline.pipeline.lane import LanePlan
+from stormline.pipeline.lane import LaneCommitter, LanePlan
 from stormline.pipeline.recovery import recover
-from stormline.pipeline.settings import load_settings
-from stormline.pipeline.supervisor import LaneSlot, Supervisor
+from stormline.pipeline.settings import Settings, load_settings
+from stormline.pipeline.supervisor import LaneSlot, Supervisor, embedded_ray
 
 PARTITIONS = (("video", 0),)
 
@@ -64,3 +68,22 @@ def test_lane_when_it_fails_for_the_first_time_then_restarts_at_once_and_later_w
 
     waits = [text.partition("restart from its checkpoint ")[2] for text in told]
     assert waits == ["at once", "in 5 s", "in 10 s"]
+
+
+@pytest.mark.parametrize(("epoch", "is_stalled"), [(0, False), (1, True)], ids=["still starting", "under way"])
+def test_lane_when_no_barrier_comes_for_long_then_stalled_unless_it_still_loads_its_model(failed, epoch, is_stalled):
+    supervisor, slot, _ = failed
+    slot.started_s = time.monotonic() - 300
+    slot.status = replace(LaneCommitter(slot.plan, lambda offsets: None).status(), epoch=epoch, last_barrier_s=300.0)
+
+    assert supervisor._stalled(slot) == is_stalled
+
+
+def test_ray_when_it_is_not_up_in_time_then_an_error_that_says_to_run_again(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup.")  # its very type
+
+    monkeypatch.setattr(ray, "init", init)
+
+    with pytest.raises(StormlineError, match=r"timed out during startup.*Run again"), embedded_ray(Settings(), print):
+        pytest.fail("it came up")
