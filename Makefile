@@ -1,7 +1,7 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-integration test-gpu lint format build clean
+.PHONY: help venv demo test test-unit test-integration test-gpu chaos lint format build clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,6 +41,10 @@ test-integration: venv  ## tests with a real broker and a local Ray
 test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 	@echo "== GPU tests"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q --durations=5
+
+chaos: venv  ## kill whatever can die, 150 times from three seeds, and compare with a run in peace (an hour)
+	@echo "== chaos"
+	@$(BIN)/python -m tests.chaos --faults 40 --seed 1 --seed 2 --seed 3 --json benchmarks/results/chaos.json
 
 lint: venv  ## style, format and types, changing nothing
 	@status=0; \
