@@ -1,7 +1,7 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-integration test-gpu chaos lint format build clean
+.PHONY: help venv demo test test-unit test-integration test-gpu chaos fuzz lint format build clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -45,6 +45,9 @@ test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 chaos: venv  ## kill whatever can die, 150 times from three seeds, and compare with a run in peace (an hour)
 	@echo "== chaos"
 	@$(BIN)/python -m tests.chaos --faults 40 --seed 1 --seed 2 --seed 3 --json benchmarks/results/chaos.json
+
+fuzz: venv  ## decode 10,000 damaged segments (ARGS="--help" says what else)
+	@$(BIN)/python tests/fuzz/fuzz_decode.py --keep fuzz-out $(ARGS)
 
 lint: venv  ## style, format and types, changing nothing
 	@status=0; \

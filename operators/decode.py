@@ -8,7 +8,7 @@ that has none comes out as failed, which later steps treat as a gap.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from av.error import FFmpegError
-from av.video.reformatter import Interpolation, VideoReformatter
 
+from .decode_apart import DecodeProcess, ProcessDiedError
 from .errors import MediaError
+from .in_hand import DEATHS_ALLOWED, MarkFile, RecordKey, Suspect
 from .media import (
     MAX_FRAME_PX,
+    MAX_IMAGE_PX,
     ImageReader,
     VideoReader,
     decode_image,
@@ -31,14 +33,18 @@ from .media import (
     sniff_image,
 )
 from .pictures import PicturePace, make_jpeg
+from .rgb import RgbConverter, orientation
 from .rows import Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, block_of, rows_of
 from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
+from .worker_limits import ended_after, limit_memory
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
 
 log = logging.getLogger(__name__)
+
+STEP_NAME = "decode"
 
 REASONS = {
     # nothing of the segment could be used
@@ -48,6 +54,7 @@ REASONS = {
     "no_decoder": "a video codec that this FFmpeg cannot decode",
     "too_large": "frames over the limit on pixels",
     "no_frames": "a video stream of which no frame could be decoded",
+    "crashes": "its decoder or the encoder died of it, or of something else while at it, three times",
     "error": "an error of ours; the log has its traceback",
     # notices: the segment was used
     "damaged": "some frames were lost",
@@ -55,16 +62,13 @@ REASONS = {
 }
 """Every `reason` of a dead letter that decoding writes, and of a `MediaError`."""
 
-SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
-"""Bicubic as in SigLIP's own preprocessing (swscale widens the kernel when it shrinks, so nothing aliases), by the C
-paths that give the same bytes on every processor."""
-
 
 @dataclass(frozen=True)
 class DecodeLimits:
     """What one segment may cost. The defaults are far over anything meant to be a segment."""
 
-    max_frame_px: int = MAX_FRAME_PX  # coded pixels of a frame
+    max_frame_px: int = MAX_FRAME_PX  # coded pixels of a frame of video
+    max_image_px: int = MAX_IMAGE_PX  # of a JPEG or PNG image
     max_frames: int = 36_000  # frames decoded of a segment: ten minutes at 60 fps
     max_sampled_bytes: int = 1 << 30  # RGB of a segment's sampled frames: 1,783 of 448x448, 15 minutes at 2 fps
     max_span_ns: int = 3600 * NS_PER_S  # a frame's time from the first: one wild timestamp must not end a session
@@ -108,7 +112,7 @@ def decode_segment(
         raise MediaError("empty", f"a record without bytes: {meta.where}; expected media, or the header `end`")
     codec = None if meta.content_type.startswith("video/") else sniff_image(data)
     if codec is not None:
-        frame = decode_image(data, codec, max_frame_px=limits.max_frame_px)
+        frame = decode_image(data, codec, max_frame_px=limits.max_image_px)
         return sample_frames(
             ImageReader(frame), meta, None, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
         )
@@ -290,49 +294,6 @@ def notices(reader: VideoReader | ImageReader, timer: FrameTimer, meta: SegmentM
     return tuple(letters)
 
 
-class RgbConverter:
-    """Turns decoded frames of any pixel format into upright RGB of the model's size.
-
-    The same frame asked for again, as for several grid times, is converted once.
-    """
-
-    def __init__(self, frame_hw: tuple[int, int]):
-        self.frame_hw = frame_hw
-        self.reformatter = VideoReformatter()
-        self.last: tuple[VideoFrame, np.ndarray] | None = None
-
-    def __call__(self, frame: VideoFrame) -> np.ndarray:
-        """Return (H, W, 3) uint8."""
-        if self.last is None or self.last[0] is not frame:
-            self.last = frame, self.convert(frame)
-        return self.last[1]
-
-    def convert(self, frame: VideoFrame) -> np.ndarray:
-        """Scale, convert, and set upright by the frame's display matrix."""
-        transposed, flip_y, flip_x = orientation(frame)
-        height, width = self.frame_hw[::-1] if transposed else self.frame_hw
-        rgb = self.reformatter.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
-        if transposed:
-            rgb = rgb.transpose(1, 0, 2)
-        return rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]  # (H, W, 3)
-
-
-def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Return how to set a frame upright: whether to transpose it, then to flip its rows, then its columns.
-
-    The display matrix holds (a b u; c d v; x y w) and puts a frame's (p, q) at (a p + c q, b p + d q); see
-    libavutil/display.h. Angles between are taken to the nearest quarter turn.
-    """
-    side_data: Any = frame.side_data  # PyAV's stubs know motion vectors only
-    matrix = next((s for s in side_data if s.type.name == "DISPLAYMATRIX"), None)
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(matrix), np.int32)[:5])
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
-
-
 def failed_segment(
     meta: SegmentMeta, frame_hw: tuple[int, int], dead_letters: tuple[DeadLetter, ...] = ()
 ) -> DecodedSegment:
@@ -349,6 +310,9 @@ class Decode:
     a segment as a `DecodedSegment`, failed if need be, with the dead letters that it came with first; a barrier
     untouched.
 
+    A record that ends its process is not met unprepared again: it comes back as one of `suspects`, and its stream is
+    decoded in a process apart, whose death ends nothing else. After three deaths it is set aside.
+
     Args:
         fps: The grid, as a Fraction, a number, or text such as "30000/1001".
         frame_hw: Size of the frames that come out: the model's.
@@ -356,6 +320,10 @@ class Decode:
         dead_letter_bytes: How many bytes of an unusable record to keep.
         picture_interval_s: Between two small pictures of a stream that this process makes, for people; 0 for none.
         limits: What a segment may cost.
+        limit_s: A record that takes longer ends this process; 0 for none.
+        memory_bytes: That this process may take beyond what it has at its start (`limit_memory`); 0 for no limit.
+        marks: Folder for the mark of the record in hand (`MarkFile`); None for none.
+        suspects: Records that processes died of, or while at them.
     """
 
     def __init__(
@@ -367,28 +335,87 @@ class Decode:
         dead_letter_bytes: int = 1 << 20,
         picture_interval_s: float = 0.0,
         limits: DecodeLimits | None = None,
+        limit_s: float = 0.0,
+        memory_bytes: int = 0,
+        marks: Path | None = None,
+        suspects: Iterable[Suspect] = (),
     ):
         self.grid = GridSpec(Fraction(str(fps)), round(max_hold_s * NS_PER_S))
         self.frame_hw = frame_hw
         self.dead_letter_bytes = dead_letter_bytes
         self.limits = limits or DecodeLimits()
+        self.limit_s = limit_s
         self.pace = PicturePace(picture_interval_s)
+        self.marks = MarkFile(marks, STEP_NAME)
+        self.suspects = {suspect.key: suspect for suspect in sorted(suspects, key=lambda s: s.deaths)}
+        self.streams_apart = {s.stream_id for s in self.suspects.values() if s.step == STEP_NAME}
+        options = {
+            "fps": str(fps),
+            "frame_hw": frame_hw,
+            "max_hold_s": max_hold_s,
+            "dead_letter_bytes": dead_letter_bytes,
+            "picture_interval_s": picture_interval_s,
+            "limits": vars(self.limits),
+            "memory_bytes": memory_bytes,
+        }
+        limit_memory(memory_bytes)
+        self.apart = DecodeProcess(options, limit_s)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Decode:
+        """Build one from options that were sent as JSON."""
+        limits = DecodeLimits(**options["limits"])
+        return cls(**{**options, "frame_hw": tuple(options["frame_hw"]), "limits": limits})
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Decode the segments of a block.
 
         Raises:
             ValueError: If a row is neither a segment nor a barrier.
+            ProcessDiedError: If a suspect hangs once more; the lane restarts.
         """
         return block_of([row if row.kind == Barrier.KIND else self.decode_row(row) for row in rows_of(table)])
 
     def decode_row(self, row: Row) -> Row:
-        """Decode one segment."""
+        """Decode one segment: here, apart, or not at all."""
         if row.kind != Segment.KIND:
             raise ValueError(f"decode got a row of kind {row.kind!r} at lane_seq={row.lane_seq}, expected a segment")
         segment = Segment.from_row(row)
-        decoded = self.decode(segment)
+        meta = segment.meta
+        suspect = self.suspects.get(RecordKey.of(meta))
+        if suspect is not None and suspect.is_poison:
+            return self.set_aside(segment, suspect).to_row(row.lane_seq)
+        if meta.stream_id in self.streams_apart:
+            return self.decode_apart(row, segment, suspect)
+        with self.marks.holding(meta), ended_after(self.limit_s):
+            decoded = self.decode(segment)
         return with_dead_letters(decoded, segment.dead_letters).to_row(row.lane_seq)
+
+    def decode_apart(self, row: Row, segment: Segment, suspect: Suspect | None) -> Row:
+        """Decode a segment in another process, as often as that dies; then set it aside.
+
+        Raises:
+            ProcessDiedError: If the process hung and may be tried again: the lane would stand still for too long.
+        """
+        meta = segment.meta
+        deaths, cause = suspect.deaths if suspect and suspect.step == STEP_NAME else 0, ""
+        while deaths <= DEATHS_ALLOWED:
+            try:
+                with self.marks.holding(meta, deaths):
+                    return rows_of(self.apart(block_of([row])))[0]
+            except ProcessDiedError as died:
+                log.warning("decoder died where=%s cause=%s", meta.where, died.cause)
+                deaths, cause = deaths + 1, died.cause
+                if died.hung and deaths <= DEATHS_ALLOWED:
+                    self.marks.mark(self.marks.suspect(meta, deaths - 1, cause))
+                    raise
+        proven = self.marks.suspect(meta, deaths, cause)
+        self.marks.set_aside(proven)
+        return self.set_aside(segment, proven).to_row(row.lane_seq)
+
+    def set_aside(self, segment: Segment, suspect: Suspect) -> DecodedSegment:
+        """Return what stands for a segment that is touched no more."""
+        return with_dead_letters(self.failed(segment, "crashes", suspect.detail), segment.dead_letters)
 
     def decode(self, segment: Segment) -> DecodedSegment:
         """Decode a segment, or say why not: one bad record must not stop a lane, which would meet it again."""
@@ -403,14 +430,18 @@ class Decode:
                 with_picture=self.pace.due(meta.stream_id),
             )
         except MediaError as error:
-            reason, detail = error.reason, str(error)
+            return self.failed(segment, error.reason, str(error))
         except MemoryError:
-            raise  # this process's trouble, not the record's
+            raise  # perhaps this process's trouble, not the record's: it counts as a death
         except Exception as error:  # the edge of the worker
             log.exception("decode failed where=%s", meta.where)
-            reason, detail = "error", f"{type(error).__name__}: {error}"
+            return self.failed(segment, "error", f"{type(error).__name__}: {error}")
+
+    def failed(self, segment: Segment, reason: str, detail: str) -> DecodedSegment:
+        """Return what stands for a segment that could not be used, with its bytes up to the limit."""
         data = bytes(segment.data[: self.dead_letter_bytes])
-        return failed_segment(meta, self.frame_hw, (DeadLetter.of(meta, reason, detail, data),))
+        letter = DeadLetter.of(segment.meta, reason, detail, data)
+        return failed_segment(segment.meta, self.frame_hw, (letter,))
 
 
 def with_dead_letters(decoded: DecodedSegment, earlier: tuple[DeadLetter, ...]) -> DecodedSegment:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import av.error
 import av.logging
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
 from .errors import MediaError
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_FRAME_PX = 8192 * 8192
-"""Coded pixels of one frame: 8K (7680 × 4320) twice over. A frame of that size takes 100 MB in 4:2:0 while a
-hostile record of a few hundred bytes can claim gigabytes."""
+MAX_FRAME_PX = 8192 * 4352
+"""Coded pixels of one frame of video: 8K (7680 × 4320) and a little more; level 6.2 of H.264, H.265 and AV1 allows no
+larger ones. A hostile record of a few hundred bytes can claim gigabytes: of such frames a decoder may hold twenty."""
+
+MAX_IMAGE_PX = 8192 * 8192
+"""Pixels of one JPEG or PNG image, of which there is one: 100 MB in 4:2:0, 270 MB as RGBA."""
 
 CONTAINERS = (
     # video
@@ -112,9 +116,10 @@ def open_video_stream(container: InputContainer, *, max_frame_px: int = MAX_FRAM
     if not videos:
         kinds = ", ".join(sorted({s.type or "unknown" for s in container.streams})) or "none"
         raise MediaError("no_video", f"{container.format.name} without a video stream; its streams: {kinds}")
-    stream = max(videos, key=lambda s: (s.width or 0) * (s.height or 0))
-    if stream.codec_context is None:
+    decodable = [s for s in videos if s.codec_context is not None]  # without one a stream has no size either
+    if not decodable:
         raise MediaError("no_decoder", f"{container.format.name} with a video codec that this FFmpeg cannot decode")
+    stream = max(decodable, key=lambda s: (s.width or 0) * (s.height or 0))
     n_px = (stream.width or 0) * (stream.height or 0)
     if n_px > max_frame_px:
         raise MediaError(
@@ -158,6 +163,31 @@ def first_line(errors: list[tuple[int, str, str]]) -> str:
     return f"{errors[0][1]}: {errors[0][2].strip()}" if errors else ""
 
 
+class TimestampChoice:
+    """Chooses between a frame's two timestamps: its own, and the decoding time of the packet that brought it out.
+
+    Much as FFmpeg's `best_effort_timestamp`, which PyAV does not show (`guess_correct_pts` in libavcodec/decode.c):
+    its own one, unless those have fallen back more often. AVI has no timestamps, and FFmpeg's guesses at those of H.264
+    with B-frames do.
+    """
+
+    def __init__(self) -> None:
+        self.last_pts: int | None = None
+        self.last_dts: int | None = None
+        self.n_faulty_pts = 0
+        self.n_faulty_dts = 0
+
+    def __call__(self, pts: int | None, dts: int | None) -> int | None:
+        """Return the next frame's timestamp, or None where it has none that can be believed."""
+        if dts is not None:
+            self.n_faulty_dts += self.last_dts is not None and dts <= self.last_dts
+        if pts is not None:
+            self.n_faulty_pts += self.last_pts is not None and pts <= self.last_pts
+        self.last_dts = pts if dts is None else dts
+        self.last_pts = dts if pts is None else pts
+        return dts if pts is None or self.n_faulty_pts > self.n_faulty_dts else pts
+
+
 class VideoReader:
     """The good frames of a video stream in presentation order, with counts of the others. Iterate once.
 
@@ -188,10 +218,12 @@ class VideoReader:
         rate = self.stream.average_rate or self.stream.guessed_rate or FALLBACK_FPS
         step_ticks = max(1, round(1 / (rate * self.time_base)))
         next_ticks = self.first_packet_ticks or 0
+        choose = TimestampChoice()
         for frame in self.decoded():
             self.n_frames += 1
             self.interlaced |= frame.interlaced_frame
-            ticks = next((t for t in (frame.pts, frame.dts) if t is not None), next_ticks)
+            chosen = choose(frame.pts, frame.dts)
+            ticks = next_ticks if chosen is None else chosen
             next_ticks = ticks + step_ticks
             if frame.is_corrupt:
                 self.n_corrupt += 1
@@ -230,6 +262,9 @@ class VideoReader:
         except av.error.FFmpegError as error:
             log.debug("container broke off error=%s", error)
             self.n_errors += 1
+        except IndexError:
+            # PyAV 18, at the end of a file in which a further stream has begun on the way; all packets have come.
+            log.debug("container with a stream that begins later")
 
     def count(self, packet: av.Packet) -> None:
         """Count a packet that should become a frame, and keep the first one's timestamp."""
@@ -281,7 +316,27 @@ class ImageReader:
         return MediaError("no_frames", "an image without a frame")
 
 
-def decode_image(data: Buffer, codec: str, *, max_frame_px: int = MAX_FRAME_PX) -> VideoFrame:
+def side_data_of(frame: VideoFrame) -> Any:
+    """Return what stands beside a frame's pixels.
+
+    PyAV 18 fails on kinds that it has no name for, such as the EXIF data in every phone's pictures, which FFmpeg 8
+    gives. At the first of them PyAV is taught to go on, for good.
+    """
+    try:
+        return frame.side_data  # PyAV's stubs know motion vectors only
+    except ValueError:
+        kinds: Any = Type
+        kinds._missing_ = classmethod(_unnamed_kind)
+        return frame.side_data
+
+
+def _unnamed_kind(kinds: Any, value: int) -> Any:
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"UNNAMED_{value}", value
+    return kind
+
+
+def decode_image(data: Buffer, codec: str, *, max_frame_px: int = MAX_IMAGE_PX) -> VideoFrame:
     """Decode one JPEG or PNG image.
 
     Raises:

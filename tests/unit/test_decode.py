@@ -3,77 +3,23 @@
 import io
 import pickle
 import random
-import struct
-import zlib
-from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 from itertools import pairwise
 
 import av
 import numpy as np
 import pytest
+from small_media import START_NS, make_image, make_meta, make_video, make_video_with_times, picture, png_of
 
 from stormline.operators.decode import REASONS, Decode, DecodeLimits, decode_file, decode_segment
 from stormline.operators.errors import MediaError
 from stormline.operators.media import CONTAINERS, open_media
-from stormline.operators.rows import Barrier, DeadLetter, DecodedSegment, Segment, SegmentMeta, block_of, rows_of
+from stormline.operators.rows import Barrier, DeadLetter, DecodedSegment, Segment, block_of, rows_of
 from stormline.operators.sampling import NS_PER_MS, NS_PER_S, GridSpec, SamplerState, round_half_away, step_sampler
 
-START_NS = 1_700_000_000_123_456_789
 HW = (32, 40)
 GRID = GridSpec(Fraction(7, 2))
 RATES = [Fraction(25), Fraction(30000, 1001), Fraction(24000, 1001)]
-
-
-DEFAULT_OPTIONS = {
-    "libx264": {"g": "12", "preset": "veryfast"},
-    "libx265": {"x265-params": "log-level=none:pools=1"},
-    "ffv1": {"g": "1", "level": "3", "slicecrc": "1"},
-}
-
-
-def picture(i, hw=(48, 64)):
-    """A picture that no other i gives: gradients that move, and i in the brightness of a corner."""
-    y, x = np.mgrid[: hw[0], : hw[1]]
-    image = np.stack([(3 * x + 5 * i) % 256, (4 * y + 3 * i) % 256, (x + y + 7 * i) % 256], -1).astype(np.uint8)
-    image[: hw[0] // 4, : hw[1] // 4] = 37 * i % 256
-    return image
-
-
-@cache
-def make_video(
-    container="matroska", codec="libx264", n_frames=60, rate=RATES[0], pixels="yuv420p", options=(), rotation=0
-):
-    """Encode pictures 0, 1, 2… and return the file's bytes."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
-        stream.options = {**DEFAULT_OPTIONS.get(codec, {}), **dict(options)}
-        stream.thread_count = 1
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for i in range(n_frames):
-            frame = av.VideoFrame.from_ndarray(picture(i), "rgb24")
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    return file.getvalue()
-
-
-def make_image(codec, pixels, i=3):
-    context = av.VideoCodecContext.create(codec, "w")
-    context.width, context.height, context.pix_fmt, context.time_base = 64, 48, pixels, Fraction(1, 25)
-    packets = [
-        *context.encode(av.VideoFrame.from_ndarray(picture(i), "rgb24").reformat(format=pixels)),
-        *context.encode(),
-    ]
-    return bytes(packets[0])
-
-
-def make_meta(start_ns=START_NS, **changes):
-    meta = SegmentMeta("cam", "a", 0, start_ns, START_NS, "", False, 0, "t", 0, 7, 0, 0)
-    return replace(meta, **changes)
 
 
 def decode(data, meta=None, grid=GRID, **changes):
@@ -270,17 +216,6 @@ def test_decode_segment_when_a_frame_stands_long_then_is_held_no_longer_than_all
     assert decoded.grid_indices.tolist() == [0, 1, 2, 4, 5, 6, 8]
 
 
-def png_of(width, height):
-    """A small PNG that claims a size."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = zlib.compress(bytes(100_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
 def make_audio():
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as output:
@@ -393,25 +328,6 @@ def test_decode_segment_when_cut_in_an_open_gop_then_drops_the_leading_frames_an
     assert [d.detail for d in decoded.dead_letters] == [
         f"kept {decoded.n_frames} frames; of the others {n_leading} could not be decoded"
     ]
-
-
-def make_video_with_times(times_ms):
-    file = io.BytesIO()
-    with av.open(file, "w", format="nut") as output:
-        stream = output.add_stream("mjpeg", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        packets = []
-        for i, _ in enumerate(times_ms):
-            frame = av.VideoFrame.from_ndarray(picture(i), "rgb24")
-            frame.pts, frame.time_base = i * 40, Fraction(1, 1000)
-            packets += stream.encode(frame)
-        packets += stream.encode()
-        for packet, ms in zip(packets, times_ms, strict=True):
-            packet.pts = packet.dts = ms
-            packet.time_base = Fraction(1, 1000)
-            output.mux(packet)
-    return file.getvalue()
 
 
 def test_decode_segment_when_a_timestamp_leaps_then_that_frame_alone_is_lost():
