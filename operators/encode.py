@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from .in_hand import MarkFile
 from .ordering import ReorderBuffer
 from .rows import Barrier, Chunk, DecodedSegment, EncodedSegment, LaneNews, Picture, Row, SegmentMeta, block_of, rows_of
 from .sampling import FrameChunk, GridSpec, SamplerState, assemble_chunks, flush, step_sampler
@@ -152,6 +154,7 @@ class Encode:
         on_news: Told of new chunks at once, before they are committed, and of pictures and lags with them or with the
             next barrier (the token store). May see a chunk again after a restart.
         snapshots: This step's states to go on from, by partition.
+        marks: Folder for the mark of the record in hand (`MarkFile`); None for none.
     """
 
     def __init__(
@@ -161,12 +164,14 @@ class Encode:
         threads: int = 1,
         on_news: OnNews | None = None,
         snapshots: Mapping[tuple[str, int], bytes] | None = None,
+        marks: Path | None = None,
     ):
         import torch
 
         torch.set_num_threads(threads)
         self._encoder = Encoder(load(), grid)
         self._on_news = on_news
+        self._marks = MarkFile(marks, STEP_NAME)
         self._pictures: dict[str, Picture] = {}  # of streams, not told yet
         self._lags: dict[tuple[str, int], int] = {}  # as last told
         self._order = ReorderBuffer()
@@ -188,7 +193,8 @@ class Encode:
         decoded = DecodedSegment.from_row(row)
         meta = decoded.meta
         streams = self._streams.setdefault((meta.topic, meta.partition), {})
-        encoded, after = self._encoder.step(streams.get(meta.stream_id), decoded)
+        with self._marks.holding(meta):
+            encoded, after = self._encoder.step(streams.get(meta.stream_id), decoded)
         if after is None:
             streams.pop(meta.stream_id, None)
         else:

@@ -24,6 +24,7 @@ from ..operators.annotate import Annotate
 from ..operators.decode import Decode
 from ..operators.encode import Encode
 from ..operators.errors import OrderError
+from ..operators.in_hand import Suspect
 from ..operators.rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, Result, Row, rows_of
 from ..operators.sampling import GridSpec
 from ..operators.scenes import SceneSpec
@@ -32,6 +33,7 @@ from .checkpoint import LaneStart
 from .endless_dataset import actor_step, build_dataset, lane_context
 from .kafka_source import KafkaSource, SourcePlan
 from .parquet_sink import EpochWriter
+from .poison import marks_folder
 from .query_registry import QueryRegistry
 from .serving import LlmClient, StoreClient
 from .settings import ModelSettings, Settings
@@ -60,6 +62,7 @@ class LanePlan:
     partitions: tuple[tuple[str, int], ...]
     start: LaneStart  # from recovery: positions and states that belong together
     new_partitions: frozenset[tuple[str, int]] = frozenset()  # of `partitions`, those found while running
+    suspects: tuple[Suspect, ...] = ()  # records that processes died of, or while at them
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class LaneStatus:
     lane: int
     epoch: int  # newest committed; 0 for none
     segments: int
+    committed: int  # of the segments
     frames: int  # decoded
     sampled: int
     chunks: int
@@ -116,6 +120,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         return {(key.topic, key.partition): blob for key, blob in states.items() if key.step == step}
 
     lanes = settings.lanes
+    marks = marks_folder(plan.start.root, plan.lane)
     grid = grid_of(settings)
     source = SourcePlan(
         kafka=settings.kafka,
@@ -131,6 +136,10 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "max_hold_s": settings.sampling.max_hold_s,
         "dead_letter_bytes": settings.output.dead_letter_bytes,
         "picture_interval_s": lanes.picture_interval_s,
+        "limit_s": lanes.longest_decode_s,
+        "memory_bytes": lanes.decode_memory_bytes,
+        "marks": marks,
+        "suspects": plan.suspects,
     }
     encode = {
         "load": LoadFromSettings(settings.model),
@@ -138,6 +147,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "threads": lanes.encode_threads,
         "on_news": StoreClient(),
         "snapshots": snapshots_of(encode_step.STEP_NAME),
+        "marks": marks,
     }
     annotate = {
         "read_queries": QueryRegistry(plan.start.root).for_lanes,
@@ -190,7 +200,7 @@ class LaneCommitter:
         self._newest: deque[Result] = deque(maxlen=64)
         self._last_row_s = time.monotonic()
         self.last_barrier_s = time.monotonic()
-        self._status = LaneStatus(plan.lane, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0.0, 0.0, 0.0, 0.0)
+        self._status = LaneStatus(plan.lane, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0.0, 0.0, 0.0, 0.0)
 
     def take(self, row: Row) -> Barrier | None:
         """Take one row; commits and returns the barrier where it was one."""
@@ -242,6 +252,7 @@ class LaneCommitter:
         self._status = replace(
             s,
             epoch=epoch,
+            committed=s.committed + len(self._append_ns),
             chunks=s.chunks + len(self._chunks),
             results=s.results + len(self._results),
             dead_letters=s.dead_letters + len(self._dead_letters),

@@ -64,6 +64,11 @@ class Recovery:
     warnings: tuple[str, ...] = ()  # also logged
     n_deleted_files: int = 0
 
+    @property
+    def next_offsets(self) -> dict[tuple[str, int], int]:
+        """Return where each known partition goes on."""
+        return {(p.topic, p.partition): p.next_offset for p in self.partitions.values()}
+
     def for_lane(self, lane: int, partitions: Iterable[tuple[str, int]]) -> LaneStart:
         """Return what a lane starts from that reads these partitions."""
         known = (self.partitions.get(TopicPartition(*p)) for p in partitions)

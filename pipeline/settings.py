@@ -128,12 +128,28 @@ class LaneSettings(_Section):
         description="A lane stops at a commit and starts again after so many: Ray keeps up to 10 kB of each.",
     )
     stall_s: float = Field(120.0, gt=0, description="A lane without a barrier for so long is restarted.")
+    decode_limit_s: float = Field(
+        90.0,
+        gt=0,
+        description="A record that takes longer to decode ends its decoder, and after three times is set aside; at "
+        "most 3/4 of stall_s.",
+    )
+    decode_memory_bytes: int = Field(
+        4 << 30,
+        ge=256 << 20,
+        description="A decoder gets no more memory than this, beyond what it starts with; 8K video takes 2 GB.",
+    )
     restart_backoff_s: float = Field(
         1.0, gt=0, description="A lane restarts at once; again with no commit between, after this; doubles up to 30 s."
     )
     max_restarts: int = Field(
         10, ge=0, description="Restarts in a row, with no commit between, before a lane is given up."
     )
+
+    @property
+    def longest_decode_s(self) -> float:
+        """Return `decode_limit_s`, or less: a lane must not be taken for stalled while one record is decoded."""
+        return min(self.decode_limit_s, 0.75 * self.stall_s)
 
 
 class VllmSettings(_Section):

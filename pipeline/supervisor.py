@@ -19,7 +19,9 @@ from .settings import Settings
 from .stop_signals import keep_signal_handlers
 
 if TYPE_CHECKING:
+    from ..operators.in_hand import Suspect
     from .lane import LanePlan, LaneStatus
+    from .poison import SuspectList
     from .video_llm import ModelDescription
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class LaneSlot:
     last_error: str = ""
     renewing: bool = False  # it was told to stop at its next commit, and starts again from there
     to_recover: bool = False  # its plan is that of a life that is over
+    blamed: str | None = None  # for its last failure: see `SuspectList.take_marks`
     done: list[LaneStatus] = field(default_factory=list)  # of its earlier lives, for totals
 
 
@@ -96,6 +99,7 @@ class Supervisor:
         self._slots: list[LaneSlot] = []
         self._phase = "starting"
         self._model: ModelDescription | None = None
+        self._suspects: SuspectList | None = None
 
     def request_stop(self) -> None:
         """Ask for a clean stop; safe from a signal handler or another thread."""
@@ -171,8 +175,10 @@ class Supervisor:
 
     def _plan(self) -> None:
         """Find the partitions, recover what is committed, and plan each lane."""
+        from .checkpoint import list_lanes
         from .kafka_source import check_offsets_exist, list_partitions
         from .lane import LanePlan
+        from .poison import SuspectList
         from .recovery import recover
         from .serving import describe_model
 
@@ -188,8 +194,10 @@ class Supervisor:
             self._tell(f"checkpoint: {warning}")
         if recovery.partitions:
             self._tell(f"going on from the checkpoint: {len(recovery.partitions)} partition(s)")
-            offsets = {(p.topic, p.partition): p.next_offset for p in recovery.partitions.values()}
-            check_offsets_exist(settings.kafka, offsets)
+            check_offsets_exist(settings.kafka, recovery.next_offsets)
+        self._suspects = SuspectList(settings.output.path)
+        for lane in list_lanes(recovery.root):
+            self._tell_set_aside(self._suspects.take_marks(lane, recovery.next_offsets))
         for lane in range(count):
             mine = tuple(partitions[lane::count])
             self._slots.append(
@@ -202,6 +210,7 @@ class Supervisor:
                         identity=identity,
                         partitions=mine,
                         start=recovery.for_lane(lane, mine),
+                        suspects=self._suspects.of(mine),
                     )
                 )
             )
@@ -263,7 +272,8 @@ class Supervisor:
             except RayError:
                 continue  # it has died; its run_ref tells why
             if status is not None:
-                if slot.status is None or status.epoch > slot.status.epoch:
+                before = slot.status.committed if slot.status else 0
+                if status.committed > before or (status.epoch and status.lag_records == 0):
                     slot.restarts = 0
                 slot.status = status
 
@@ -281,26 +291,33 @@ class Supervisor:
         import ray
         from ray.exceptions import RayError
 
+        from .poison import step_of
+
         try:
             status: LaneStatus = ray.get(slot.run_ref)
         except RayError as e:
-            self._fail(slot, root_cause(e))
+            self._fail(slot, root_cause(e), blamed=step_of(e))
             return
         if not slot.renewing:
             self._fail(slot, "it ended by itself")
             return
         slot.status = status
         slot.renewals += 1
-        self._take_down(slot)
+        self._take_down(slot, blamed="renewal")
         logger.info("lane_renewed lane=%d epoch=%d segments=%d", slot.plan.lane, status.epoch, status.segments)
 
-    def _fail(self, slot: LaneSlot, reason: str) -> None:
+    def _fail(self, slot: LaneSlot, reason: str, blamed: str | None = None) -> None:
         """Take a failed lane down and have it start again from its last checkpoint.
+
+        Args:
+            slot: The lane.
+            reason: Of the failure, for people.
+            blamed: The step that it came from, for the count of what its records did; None where it is unclear.
 
         Raises:
             StormlineError: If it failed too often in a row.
         """
-        self._take_down(slot)
+        self._take_down(slot, blamed)
         self._back_off(slot, reason)
 
     def _back_off(self, slot: LaneSlot, reason: str) -> None:
@@ -319,30 +336,46 @@ class Supervisor:
         soon = f"in {wait_s:.0f} s" if wait_s else "at once"
         self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint {soon}")
 
-    def _take_down(self, slot: LaneSlot) -> None:
-        """End a lane's actor; its next life begins with its newest checkpoint."""
+    def _take_down(self, slot: LaneSlot, blamed: str | None = None) -> None:
+        """End a lane's actor; its next life begins with its newest checkpoint, and with what its marks tell."""
         import ray
 
         ray.kill(slot.actor)
         if slot.status is not None:
             slot.done.append(slot.status)
         slot.actor, slot.run_ref, slot.status, slot.renewing = None, None, None, False
-        slot.to_recover = True
+        slot.to_recover, slot.blamed = True, blamed
 
     def _recover(self, slot: LaneSlot) -> bool:
         """Plan a lane's next life from its newest checkpoint; tell whether the disk let us, which may be full."""
         from .recovery import recover_lane
 
         plan = slot.plan
+        assert self._suspects is not None  # a lane was planned
         try:
             start = recover_lane(
                 plan.start.root, plan.lane, lanes=plan.start.lanes, partitions=plan.partitions, identity=plan.identity
             )
+            next_offsets = {(p.topic, p.partition): p.next_offset for p in start.positions}
+            self._tell_set_aside(self._suspects.take_marks(plan.lane, next_offsets, slot.blamed))
         except CommitError as error:
             self._back_off(slot, str(error))
             return False
-        slot.plan, slot.to_recover = replace(plan, start=start), False
+        slot.plan = replace(plan, start=start, suspects=self._suspects.of(plan.partitions))
+        slot.to_recover = False
         return True
+
+    def _tell_set_aside(self, suspects: list[Suspect]) -> None:
+        for s in suspects:
+            where = f"{s.topic}[{s.partition}]@{s.offset} of stream {s.stream_id}"
+            self._tell(
+                f"{where} is set aside, see dead_letters: the process that was to {s.step} it died {s.deaths} times"
+            )
+
+    def _forget_marks(self, slot: LaneSlot) -> None:
+        """Remove the marks of a lane that was ended on purpose: what its workers had in hand is innocent."""
+        if self._suspects is not None:
+            self._suspects.forget(slot.plan.lane)
 
     def _stop_lanes(self) -> None:
         import ray
@@ -354,6 +387,7 @@ class Supervisor:
                 running += [slot] if slot.actor is not None else []
             elif slot.actor is not None:
                 ray.kill(slot.actor)  # it has taken nothing yet, so there is nothing to finish
+                self._forget_marks(slot)
         if not running:
             return
         self._tell("stopping: the lanes finish what they have begun")
@@ -364,6 +398,7 @@ class Supervisor:
             if slot.run_ref in done:
                 try:
                     slot.status = ray.get(slot.run_ref)
+                    self._forget_marks(slot)
                 except RayError as e:
                     self._tell(f"lane {slot.plan.lane} failed while stopping ({root_cause(e)}); its checkpoint stands")
             else:

@@ -18,6 +18,7 @@ from stormline.infra.broker import EmbeddedBroker
 from stormline.pipeline.supervisor import PROXY_START_S
 
 HOLD_S = 30  # of an answer that is held back
+PLUGINS = Path(__file__).parents[1] / "plugins"
 RAY_CPUS = 7  # logical: two lanes and the services
 
 
@@ -34,14 +35,16 @@ def ray_session() -> Iterator[str]:
     import ray
 
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
-    context = ray.init(
-        address="local",
-        num_cpus=RAY_CPUS,
-        object_store_memory=300 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(PLUGINS), prepend=os.pathsep)  # its processes die of certain records
+        context = ray.init(
+            address="local",
+            num_cpus=RAY_CPUS,
+            object_store_memory=300 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

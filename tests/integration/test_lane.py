@@ -11,6 +11,7 @@ import sys
 import threading
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -356,6 +357,53 @@ def test_lane_when_a_worker_dies_then_it_goes_on_from_its_checkpoint(
     assert status.restarts == 1
     assert comparable(drop(table(settings, "tokens"))) == comparable(drop(table(whole_run, "tokens")))
     assert comparable(table(settings, "results")) == comparable(table(whole_run, "results"))
+
+
+def test_lane_when_records_kill_their_processes_then_set_aside_and_the_other_streams_are_whole(
+    whole_run, broker, services, records, make_settings
+):
+    """What kills is in tests/plugins: the third segment of two streams."""
+    create_topic(broker, "poison", partitions=1)
+    poisoned = [
+        SimpleNamespace(key=key, value=r.value, headers=r.headers, timestamp=r.timestamp)
+        for r in records
+        for key in (b"kills-decoder", b"kills-encoder")
+        if r.key == b"shapes"
+    ]
+    everything = sorted([*records, *poisoned], key=lambda r: int(dict(r.headers)["seq"]))
+    half = [r for r in everything if int(dict(r.headers)["seq"]) < 6]
+    send(broker, "poison", half)
+    settings = make_settings("poison")
+
+    first = run_until_idle(settings)
+    send(broker, "poison", [r for r in everything if r not in half])
+    second = run_until_idle(settings)
+
+    assert (first.restarts, second.restarts) == (1 + 3, 0)  # the decoder's other two deaths are of processes apart
+    tokens, results = table(settings, "tokens"), table(settings, "results")
+    for name, rows in (("tokens", tokens), ("results", results)):
+        assert comparable(drop(of_good_streams(rows))) == comparable(drop(table(whole_run, name)))
+    letters = {letter["stream_id"]: letter for letter in table(settings, "dead_letters")}
+    assert len(table(settings, "dead_letters")) == len(letters) == 2
+    for name, letter in letters.items():
+        (offset,) = [r.offset for r in read_all(broker, "poison") if r.key == name.encode() and seq_of(r) == 2]
+        (sent,) = [r for r in poisoned if r.key == name.encode() and seq_of(r) == 2]
+        assert (letter["reason"], letter["seq"], letter["topic"], letter["offset"]) == ("crashes", 2, "poison", offset)
+        assert letter["data"] == sent.value
+        assert f"the process that was to {name.removeprefix('kills-').removesuffix('r')} it died 3" in letter["detail"]
+    decoder, encoder = ([r for r in tokens if r["stream_id"] == name] for name in ("kills-decoder", "kills-encoder"))
+    assert [r["chunk_index"] for r in decoder] == list(range(len(decoder)))
+    assert decoder[-1]["offset"] > letters["kills-decoder"]["offset"]
+    unnamed = [[{**r, "stream_id": ""} for r in drop(rows)] for rows in (decoder, encoder)]
+    assert comparable(unnamed[0]) == comparable(unnamed[1])
+
+
+def of_good_streams(rows):
+    return [row for row in rows if not row["stream_id"].startswith("kills-")]
+
+
+def seq_of(record):
+    return int(dict(record.headers)["seq"])
 
 
 def test_lane_when_it_is_renewed_and_a_topic_comes_later_then_nothing_shows(
