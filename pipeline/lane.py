@@ -86,6 +86,14 @@ class LaneStatus:
     idle_s: float  # since the newest row that was not a barrier
     newest: tuple[Result, ...] = ()  # results of the newest epochs, for a live view
 
+    def got_further_than(self, before: LaneStatus | None) -> bool:
+        """Whether the lane has come further in this life, or has nothing left to stumble over.
+
+        Its first epoch alone shows neither: every life begins with a barrier, and commits that.
+        """
+        committed_before = before.committed if before else 0
+        return self.committed > committed_before or (self.epoch > 0 and self.lag_records == 0)
+
 
 @dataclass(frozen=True)
 class LoadFromSettings:

@@ -272,8 +272,7 @@ class Supervisor:
             except RayError:
                 continue  # it has died; its run_ref tells why
             if status is not None:
-                before = slot.status.committed if slot.status else 0
-                if status.committed > before or (status.epoch and status.lag_records == 0):
+                if status.got_further_than(slot.status):
                     slot.restarts = 0
                 slot.status = status
 
