@@ -1,0 +1,169 @@
+"""Decoding a segment to its sampled frames: against bare PyAV that does the same, and against other decoders.
+
+    python benchmarks/decode.py [--rounds 5]
+
+Segments of ten seconds, made here from a real street video and from generated ones, in H.264, HEVC and VP9. Each
+decoder gets the same bytes and gives frames on the same 2 fps grid at the model's size, on one thread, in turns:
+
+    ours        `decode_segment`: times, sampling, damage counted, limits, resizing by swscale's exact paths
+    PyAV        demux, decode, and resize those frames that are the last before a grid time; the limit
+    decord, torchcodec   where they are installed: they seek to the frames and resize themselves
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from stormline.models.training.shapes import ShapesSpec, ShapesWorld
+from stormline.operators.decode import decode_segment
+from stormline.operators.rgb import SCALING
+from stormline.operators.rows import SegmentMeta
+from stormline.operators.sampling import GridSpec
+from stormline.pipeline.commands.demo import street_video
+
+RESULT = Path(__file__).parent / "results" / "decode.json"
+SECONDS, FPS, GRID_FPS, SIDE_PX = 10, 24, 2, 224
+GOAL = 0.9
+CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
+SIZES = {"street 1280x544": (544, 1280), "generated 640x360": (360, 640)}
+
+
+def frames_of(name: str, height: int, width: int) -> list[np.ndarray]:
+    """Return ten seconds of RGB frames."""
+    if name.startswith("street"):
+        with av.open(str(street_video())) as container:
+            found = [f.to_ndarray(format="rgb24", width=width, height=height) for f in container.decode(video=0)]
+        return [found[i % len(found)] for i in range(SECONDS * FPS)]
+    world = ShapesWorld(ShapesSpec(seed=1, size_px=128))
+    reformatter = VideoReformatter()
+    return [
+        reformatter.reformat(
+            av.VideoFrame.from_ndarray(world.render(i / FPS), "rgb24"), width, height, "rgb24"
+        ).to_ndarray()
+        for i in range(SECONDS * FPS)
+    ]
+
+
+def encode(frames: list[np.ndarray], codec: str) -> bytes:
+    """Return a Matroska segment with a keyframe every two seconds."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="matroska") as container:
+        stream: Any = container.add_stream(codec, rate=FPS)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = 2 * FPS
+        quick = {"cpu-used": "8", "deadline": "realtime"} if "vpx" in codec else {"preset": "veryfast"}
+        stream.options = {**quick, **({"x265-params": "log-level=none"} if codec == "libx265" else {})}
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+def ours(data: bytes) -> int:
+    """Return how many frames our step samples."""
+    meta = SegmentMeta("bench", "s", 0, 0, 0, "video/x-matroska", True, 0, "bench", 0, 0, 0, len(data))
+    grid = GridSpec(Fraction(GRID_FPS), 2 * 10**9)
+    return len(decode_segment(data, meta, grid=grid, frame_hw=(SIDE_PX, SIDE_PX)).frames)
+
+
+def bare(data: bytes) -> int:
+    """Return how many frames PyAV gives on the same grid, with nothing around it."""
+    reformatter, found, last, due_s = VideoReformatter(), [], None, 0.0
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        stream.thread_count, stream.thread_type = 1, "NONE"
+        base = float(stream.time_base or 0)
+        for frame in container.decode(stream):
+            while last is not None and frame.pts * base > due_s:
+                small = reformatter.reformat(last, SIDE_PX, SIDE_PX, "rgb24", interpolation=SCALING, threads=1)
+                found.append(small.to_ndarray())
+                due_s += 1 / GRID_FPS
+            last = frame
+    return len(found)
+
+
+def peers() -> dict[str, Callable[[bytes], int]]:
+    """Return other decoders that are installed."""
+    found: dict[str, Callable[[bytes], int]] = {}
+    wanted = [round(i * FPS / GRID_FPS) for i in range(SECONDS * GRID_FPS)]
+    if importlib.util.find_spec("decord"):
+        import decord  # type: ignore[import-not-found]
+
+        def by_decord(data: bytes) -> int:
+            reader = decord.VideoReader(io.BytesIO(data), width=SIDE_PX, height=SIDE_PX, num_threads=1)
+            return len(reader.get_batch(wanted).asnumpy())
+
+        found["decord"] = by_decord
+    try:
+        import torch
+        from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
+    except (ImportError, OSError, RuntimeError):  # not there, or built for another FFmpeg or torch
+        return found
+
+    def by_torchcodec(data: bytes) -> int:
+        frames = VideoDecoder(data, num_ffmpeg_threads=1).get_frames_at(wanted).data
+        return len(torch.nn.functional.interpolate(frames.float(), (SIDE_PX, SIDE_PX), mode="bicubic"))
+
+    found["torchcodec"] = by_torchcodec
+    return found
+
+
+def in_turns(works: dict[str, Callable[[], int]], rounds: int) -> dict[str, tuple[float, int]]:
+    """Return each work's median seconds and its frames."""
+    took: dict[str, list[float]] = {name: [] for name in works}
+    counts = {}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            began_s = time.perf_counter()
+            counts[name] = work()
+            if turn:
+                took[name].append(time.perf_counter() - began_s)
+    return {name: (statistics.median(series), counts[name]) for name, series in took.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "av": av.__version__,
+        "sampled_fps": GRID_FPS,
+        "frame_px": SIDE_PX,
+        "goal_ours_over_bare": GOAL,
+        "segments": {},
+    }
+    for size, (height, width) in SIZES.items():
+        frames = frames_of(size, height, width)
+        for codec, encoder in CODECS.items():
+            data = encode(frames, encoder)
+            works = {"ours": lambda d=data: ours(d), "PyAV": lambda d=data: bare(d)}
+            works |= {name: (lambda d=data, w=work: w(d)) for name, work in peers().items()}
+            found = in_turns(works, options.rounds)
+            told = {name: round(n / s, 1) for name, (s, n) in found.items()}
+            ratio = round(told["ours"] / told["PyAV"], 2)
+            report["segments"][f"{size}, {codec}"] = {"sampled_frames_per_s": told, "ours_over_bare": ratio}
+            print(f"{size}, {codec}: {told}, ours over PyAV {ratio}", flush=True)
+    report["load_average"] = os.getloadavg()[0]
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
