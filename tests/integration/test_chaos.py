@@ -8,9 +8,7 @@ from chaos.campaign import Campaign
 KINDS = ("encoder", "commit step 3 kill", "connections cut", "supervisor")
 
 
-@pytest.mark.timeout(
-    900
-)  # for a busy machine, where each start of Ray takes minutes; a quiet one needs one or two in all
+@pytest.mark.timeout(900)  # for a busy machine, where each start of Ray takes minutes; a quiet one needs two in all
 def test_run_when_its_parts_die_then_the_tables_are_those_of_a_run_in_which_nothing_died():
     report = Campaign(seed=4, n_faults=len(KINDS), kinds=KINDS, lanes=[1], serve=False).run()
 
