@@ -357,7 +357,7 @@ class Supervisor:
             )
             next_offsets = {(p.topic, p.partition): p.next_offset for p in start.positions}
             self._tell_set_aside(self._suspects.take_marks(plan.lane, next_offsets, slot.blamed))
-        except CommitError as error:
+        except (CommitError, OSError) as error:
             self._back_off(slot, str(error))
             return False
         slot.plan = replace(plan, start=start, suspects=self._suspects.of(plan.partitions))

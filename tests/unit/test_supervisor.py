@@ -1,5 +1,6 @@
 """What the supervisor does about a lane that failed, as far as that needs no Ray."""
 
+import errno
 import time
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from stormline.operators.errors import StormlineError
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline.checkpoint import lane_folder
 from stormline.pipeline.lane import LaneCommitter, LanePlan
+from stormline.pipeline.poison import SuspectList
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.settings import Settings, load_settings
 from stormline.pipeline.supervisor import LaneSlot, Supervisor, embedded_ray
@@ -26,6 +28,7 @@ def failed(tmp_path):
     start = recover(tmp_path, lanes=1, identity={}).for_lane(0, PARTITIONS)
     slot = LaneSlot(LanePlan(0, settings, "m", (64, 64), {}, PARTITIONS, start), to_recover=True)
     supervisor._slots.append(slot)
+    supervisor._suspects = SuspectList(tmp_path)
     return supervisor, slot, told
 
 
@@ -47,6 +50,20 @@ def test_lane_when_the_disk_is_full_as_it_restarts_then_it_waits_and_tries_again
     (lane_folder(tmp_path, 0) / ".owner.tmp").unlink()
     assert supervisor._recover(slot)
     assert not slot.to_recover
+
+
+def test_lane_when_its_suspects_cannot_be_written_then_it_waits_too(failed, monkeypatch):
+    supervisor, slot, told = failed
+
+    def take_marks(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "suspects.json")
+
+    monkeypatch.setattr(supervisor._suspects, "take_marks", take_marks)
+
+    supervisor._tend()
+
+    assert (slot.actor, slot.restarts, slot.to_recover) == (None, 1, True)
+    assert "No space left on device" in told[0]
 
 
 def test_lane_when_the_disk_stays_full_then_given_up_with_the_reason(failed, tmp_path):
