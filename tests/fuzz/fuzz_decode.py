@@ -1,6 +1,6 @@
 """Damage real segments in many ways and decode them with the lane's own step, looking for what it cannot stand.
 
-    make fuzz                                       10,000 segments; about five minutes
+    make fuzz                                       10,000 segments; half a minute on two cores
     make fuzz ARGS="--cases 100000 --seed 7"        more, and others
     make fuzz ARGS="--seed 7 --only 4711"           one of them again; its bytes go to --keep
 
