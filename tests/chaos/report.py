@@ -40,7 +40,7 @@ def by_kind(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
             "alone": len(found),
             "next_row_s": {"median": round(statistics.median(times), 1), "worst": round(max(times), 1)},
             "made_of_s": {name: round(statistics.median(values), 1) for name, values in parts.items()},
-            "cpu_s": round(statistics.median(o.cpu_s for o in found), 1),
+            "cpu_s": round(statistics.median([o.cpu_s for o in found if o.cpu_s] or [0.0]), 1),  # where there were any
             "records_again": {
                 "median": statistics.median(o.replayed_records for o in found),
                 "worst": max(o.replayed_records for o in found),
