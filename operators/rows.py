@@ -350,6 +350,7 @@ class Position:
     partition: int
     next_offset: int  # first not yet read
     lag: int = 0  # records behind the partition's end when the barrier was made; -1 where unknown
+    until_ns: int = 0  # what was appended up to then was read when the barrier was made; 0 where unknown
 
 
 class SnapshotKey(NamedTuple):
@@ -371,6 +372,7 @@ class Barrier:
     made_ns: int
     snapshots: dict[SnapshotKey, Buffer] = field(default_factory=dict, repr=False)
     counters: dict[str, int] = field(default_factory=dict)  # what the source has seen since the lane started
+    dead_letters: tuple[DeadLetter, ...] = ()  # of what it steps over without a row
     final: bool = False  # the source ends after this one
 
     KIND = "barrier"
@@ -391,17 +393,20 @@ class Barrier:
             "snapshots": [list(key) for key in self.snapshots],
             "final": self.final,
         }
-        return Row(self.KIND, lane_seq, header, tuple(self.snapshots.values()))
+        dead, dead_parts = _pack_dead(self.dead_letters)
+        return Row(self.KIND, lane_seq, {**header, "dead": dead}, (*self.snapshots.values(), *dead_parts))
 
     @classmethod
     def from_row(cls, row: Row) -> Barrier:
         """Read it back."""
         h = row.header
+        n = len(h["snapshots"])
         return cls(
             positions=tuple(Position(**p) for p in h["positions"]),
             made_ns=h["made_ns"],
             counters=h["counters"],
-            snapshots=dict(zip((SnapshotKey(*key) for key in h["snapshots"]), row.parts, strict=True)),
+            snapshots=dict(zip((SnapshotKey(*key) for key in h["snapshots"]), row.parts[:n], strict=True)),
+            dead_letters=_unpack_dead(h["dead"], row.parts[n:]),
             final=h["final"],
         )
 

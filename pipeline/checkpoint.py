@@ -96,7 +96,7 @@ class Manifest:
         """Return the file's content, with a checksum over all the rest."""
         body = asdict(self)
         for position in body["positions"]:
-            del position["lag"]  # of the moment; means nothing later
+            del position["lag"], position["until_ns"]  # of the moment; mean nothing later
         body["built_on"] = {str(lane): epoch for lane, epoch in sorted(self.built_on.items())}
         body = {"version": MANIFEST_VERSION, **body}
         return json.dumps({**body, "sha256": _digest(body)}, indent=1, ensure_ascii=False).encode()

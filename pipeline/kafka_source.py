@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from ray.data.datasource import Datasource, ReadTask
 
 from ..operators.errors import SourceError
 from ..operators.rows import BLOCK_SCHEMA, Barrier, DeadLetter, Position, Segment, block_of
+from .lag_policy import LagPolicy
 from .secret_references import resolve_secrets
-from .sessions import Record, SessionTracker
-from .settings import KafkaSettings
+from .sessions import Record, SessionTracker, ends_session, stream_id
+from .settings import KafkaSettings, LagRule
 
 if TYPE_CHECKING:
     from kafka import KafkaConsumer
@@ -46,6 +47,7 @@ class SourcePlan:
     snapshots: Mapping[tuple[str, int], bytes] = field(default_factory=dict, repr=False)
     barrier_interval_s: float = 2.0
     new_partitions: frozenset[tuple[str, int]] = frozenset()  # found while running: from their beginning, always
+    lag: tuple[LagRule, ...] = ()  # what becomes of records that come too late
 
 
 @dataclass(frozen=True)
@@ -97,56 +99,90 @@ def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
     Raises:
         SourceError: If the broker cannot be reached or refuses.
     """
-    tracker = SessionTracker.restore(plan.snapshots)
     consumer = open_consumer(plan.kafka)
     try:
-        assignment, lost = _assign(consumer, plan)
         lane_seq = itertools.count()
-        for items in _items(consumer, assignment, lost, tracker, plan.barrier_interval_s):
+        for items in _Reader(consumer, plan).items():
             yield block_of([item.to_row(next(lane_seq)) for item in items])
     finally:
         consumer.close()
 
 
-def _items(
-    consumer: KafkaConsumer,
-    assignment: Sequence[TopicPartition],
-    lost: Mapping[TopicPartition, LostRecords],
-    tracker: SessionTracker,
-    interval_s: float,
-) -> Iterator[list[Segment | Barrier]]:
-    """Yield segments as they come and a barrier whenever its time is due, between two records; block by block."""
-    # What was lost is told beside the next record; until then no barrier may step over it.
-    untold = dict(lost)
-    next_offsets = {tp: untold[tp].first_offset if tp in untold else consumer.position(tp) or 0 for tp in assignment}
-    yield [_barrier(consumer, next_offsets, tracker)]
-    due_s = time.monotonic() + interval_s
-    while True:
-        ready: list[Segment | Barrier] = []
-        for tp, record in _poll(consumer):
-            segment = tracker.take(_record(record))
-            next_offsets[tp] = record.offset + 1
-            if segment is not None and tp in untold:
-                letter = untold.pop(tp).dead_letter(segment)
-                segment = replace(segment, dead_letters=(letter, *segment.dead_letters))
-            if segment is not None:
-                ready.append(segment)
+class _Reader:
+    """Turns what a consumer polls into rows, and knows at each moment what they are complete up to."""
+
+    def __init__(self, consumer: KafkaConsumer, plan: SourcePlan):
+        self._consumer = consumer
+        self._interval_s = plan.barrier_interval_s
+        self._tracker = SessionTracker.restore(plan.snapshots)
+        self._lag = LagPolicy(plan.lag)
+        self._assignment, lost = _assign(consumer, plan)
+        # What was lost is told beside the next record; until then no barrier may step over it.
+        self._untold = dict(lost)
+        self._next_offsets = {
+            tp: lost[tp].first_offset if tp in lost else consumer.position(tp) or 0 for tp in self._assignment
+        }
+        self._read_until_ns = dict.fromkeys(self._assignment, 0)  # the newest record's Kafka timestamp
+        self._letters: list[DeadLetter] = []  # of records without a row, for the next barrier
+
+    def items(self) -> Iterator[list[Segment | Barrier]]:
+        """Yield segments as they come and a barrier whenever its time is due, between two records; block by block."""
+        yield [self._barrier()]
+        due_s = time.monotonic() + self._interval_s
+        while True:
+            ready: list[Segment | Barrier] = []
+            for tp, record in _poll(self._consumer):
+                ready += self._take(tp, _record(record))
+                if time.monotonic() >= due_s:
+                    ready.append(self._barrier())
+                    due_s = time.monotonic() + self._interval_s
+                if len(ready) >= BLOCK_ROWS or sum(_n_bytes(item) for item in ready) >= BLOCK_BYTES:
+                    yield ready
+                    ready = []
+            # Between polls everything that was fetched is handled, so the consumer's own position may be taken:
+            # it also steps over control records and aborted transactions, which a poll never returns.
+            for tp in self._assignment:
+                if tp not in self._untold:
+                    self._next_offsets[tp] = max(self._next_offsets[tp], self._consumer.position(tp) or 0)
             if time.monotonic() >= due_s:
-                ready.append(_barrier(consumer, next_offsets, tracker))
-                due_s = time.monotonic() + interval_s
-            if len(ready) >= BLOCK_ROWS or sum(_n_bytes(item) for item in ready) >= BLOCK_BYTES:
+                ready.append(self._barrier())
+                due_s = time.monotonic() + self._interval_s
+            if ready:
                 yield ready
-                ready = []
-        # Between polls everything that was fetched is handled, so the consumer's own position may be taken:
-        # it also steps over control records and aborted transactions, which a poll never returns.
-        for tp in assignment:
-            if tp not in untold:
-                next_offsets[tp] = max(next_offsets[tp], consumer.position(tp) or 0)
-        if time.monotonic() >= due_s:
-            ready.append(_barrier(consumer, next_offsets, tracker))
-            due_s = time.monotonic() + interval_s
-        if ready:
-            yield ready
+
+    def _take(self, tp: TopicPartition, record: Record) -> list[Segment | Barrier]:
+        """Return the record's segment; nothing for one that was seen before or is too old."""
+        append_ns = record.timestamp_ms * 1_000_000
+        stream = (record.topic, record.partition, stream_id(record))
+        # The last one of a session stays, however old: with it what waits for the session's end is done.
+        skip = self._lag.is_too_old(stream, append_ns) and not ends_session(record)
+        segment = self._tracker.skip(record) if skip else self._tracker.take(record)
+        self._next_offsets[tp] = record.offset + 1
+        self._read_until_ns[tp] = append_ns
+        if segment is None:
+            return []
+        if tp in self._untold:
+            letter = self._untold.pop(tp).dead_letter(segment)
+            segment = replace(segment, dead_letters=(letter, *segment.dead_letters))
+        if skip:
+            self._lag.skipped(segment.meta)
+            self._letters += segment.dead_letters
+            return []
+        self._lag.taken(segment.meta)
+        return [segment]
+
+    def _barrier(self) -> Barrier:
+        now_ns = time.time_ns()
+        positions = []
+        for tp, next_offset in self._next_offsets.items():
+            end = self._consumer.highwater(tp)
+            lag = max(0, end - next_offset) if end is not None else -1
+            until_ns = now_ns if lag == 0 else self._read_until_ns[tp]
+            positions.append(Position(tp.topic, tp.partition, next_offset, lag, until_ns))
+        letters, self._letters = [*self._letters, *self._lag.take_letters()], []
+        counters = dict(self._tracker.counters)
+        barrier = Barrier(tuple(positions), made_ns=now_ns, counters=counters, dead_letters=tuple(letters))
+        return barrier.with_snapshots(STEP_NAME, self._tracker.snapshot())
 
 
 def _n_bytes(item: Segment | Barrier) -> int:
@@ -173,16 +209,6 @@ def _record(record: Any) -> Record:
         value=record.value,
         headers=record.headers or (),
     )
-
-
-def _barrier(consumer: KafkaConsumer, next_offsets: Mapping[TopicPartition, int], tracker: SessionTracker) -> Barrier:
-    positions = []
-    for tp, next_offset in next_offsets.items():
-        end = consumer.highwater(tp)
-        lag = max(0, end - next_offset) if end is not None else -1
-        positions.append(Position(tp.topic, tp.partition, next_offset, lag))
-    barrier = Barrier(tuple(positions), made_ns=time.time_ns(), counters=dict(tracker.counters))
-    return barrier.with_snapshots(STEP_NAME, tracker.snapshot())
 
 
 def _assign(

@@ -32,6 +32,7 @@ from . import kafka_source
 from .checkpoint import LaneStart
 from .endless_dataset import actor_step, build_dataset, lane_context
 from .kafka_source import KafkaSource, SourcePlan
+from .lane_metrics import LaneMetrics
 from .parquet_sink import EpochWriter
 from .poison import marks_folder
 from .query_registry import QueryRegistry
@@ -79,7 +80,9 @@ class LaneStatus:
     results: int
     dead_letters: int
     duplicates: int
+    skipped: int  # records that were too old; see `lag:` of the settings
     lag_records: int  # behind the ends of its partitions at the newest barrier; -1 where unknown
+    lag_s: float  # age of what is committed: all that was appended so long ago and before; -1 where unknown
     commit_p50_ms: float  # from a record's Kafka timestamp to its committed row
     commit_p95_ms: float
     last_barrier_s: float  # age of the newest barrier
@@ -137,6 +140,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         snapshots=snapshots_of(kafka_source.STEP_NAME),
         barrier_interval_s=lanes.barrier_interval_s,
         new_partitions=plan.new_partitions,
+        lag=tuple(settings.lag),
     )
     decode = {
         "fps": settings.sampling.fps,
@@ -208,7 +212,9 @@ class LaneCommitter:
         self._newest: deque[Result] = deque(maxlen=64)
         self._last_row_s = time.monotonic()
         self.last_barrier_s = time.monotonic()
-        self._status = LaneStatus(plan.lane, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0.0, 0.0, 0.0, 0.0)
+        self._until_ns = 0  # what was appended up to then is committed; 0 where unknown
+        self._metrics = LaneMetrics(plan.lane)
+        self._status = LaneStatus(plan.lane, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1.0, 0.0, 0.0, 0.0, 0.0)
 
     def take(self, row: Row) -> Barrier | None:
         """Take one row; commits and returns the barrier where it was one."""
@@ -234,6 +240,7 @@ class LaneCommitter:
         return None
 
     def _commit(self, barrier: Barrier) -> None:
+        self._dead_letters += barrier.dead_letters
         report = self._writer.commit(
             chunks=self._chunks if self._keep_tokens else (),
             results=self._results,
@@ -246,11 +253,17 @@ class LaneCommitter:
             self._committed(report.epoch)
         lags = [p.lag for p in barrier.positions]
         self.last_barrier_s = time.monotonic()
+        self._until_ns = min((p.until_ns for p in barrier.positions), default=barrier.made_ns)
         self._status = replace(
             self._status,
             lag_records=-1 if any(lag < 0 for lag in lags) else sum(lags),
             duplicates=barrier.counters.get("duplicates", 0),
+            skipped=barrier.counters.get("skipped", 0),
         )
+        self._metrics.tell(barrier, self._lag_s())
+
+    def _lag_s(self) -> float:
+        return max(0.0, (time.time_ns() - self._until_ns) / 1e9) if self._until_ns else -1.0
 
     def _committed(self, epoch: int) -> None:
         now_ns = time.time_ns()
@@ -274,6 +287,7 @@ class LaneCommitter:
         now_s = time.monotonic()
         return replace(
             self._status,
+            lag_s=self._lag_s(),
             commit_p50_ms=cuts[9],
             commit_p95_ms=cuts[18],
             last_barrier_s=now_s - self.last_barrier_s,

@@ -77,11 +77,12 @@ def clock_time(time_ns: int) -> str:
 
 def counts_line(status: RunStatus) -> str:
     """Return the counts in one line."""
-    lag = "?" if status.lag_records < 0 else str(status.lag_records)
     text = (
         f"lanes {status.lanes_up}/{status.lanes} · segments {status.segments} · chunks {status.chunks} · "
-        f"results {status.results} · lag {lag} · committed in {status.commit_p50_ms / 1e3:.1f} s (p50)"
+        f"results {status.results} · lag {lag_of(status)} · committed in {status.commit_p50_ms / 1e3:.1f} s (p50)"
     )
+    if status.skipped:
+        text += f" · skipped {status.skipped}"
     if status.dead_letters:
         text += f" · dead letters {status.dead_letters}"
     if status.restarts:
@@ -89,15 +90,24 @@ def counts_line(status: RunStatus) -> str:
     return text
 
 
+def lag_of(status: RunStatus) -> str:
+    """Return how far behind the lanes are, in records and, where some wait, in seconds."""
+    if status.lag_records < 0:
+        return "?"
+    late = f", {status.lag_s:,.0f} s" if status.lag_records and status.lag_s >= 0 else ""
+    return f"{status.lag_records:,} records{late}"
+
+
 def summary_table(status: RunStatus, path: Path) -> Table:
     """Return what a run did, for its end."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    lag = "unknown" if status.lag_records < 0 else f"{status.lag_records} records"
+    lag = "unknown" if status.lag_records < 0 else lag_of(status)
     rows = [
         ("segments", f"{status.segments:,} ({status.duplicates:,} repeated ones dropped)"),
         ("frames", f"{status.frames:,} decoded, {status.sampled:,} looked at"),
         ("chunks", f"{status.chunks:,}"),
         ("captions and alerts", f"{status.results:,}"),
+        ("skipped as too old", f"{status.skipped:,} records"),
         ("dead letters", f"{status.dead_letters:,}"),
         ("lag at the end", lag),
         (

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from ..operators.errors import CheckpointError
 from ..operators.rows import DeadLetter, Segment, SegmentMeta
 
-CURSOR_VERSION = 1
+CURSOR_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class StreamCursor:
     next_seq: int
     ended: bool = False
     previous_session: str | None = None  # its late records are dropped, not taken for a new session
+    skipped: int = 0  # segments that were skipped since the newest one taken
 
 
 @dataclass(frozen=True)
@@ -54,30 +55,45 @@ class SessionTracker:
         self._cursors: dict[tuple[str, int], dict[str, StreamCursor]] = {
             partition: dict(streams) for partition, streams in (cursors or {}).items()
         }
-        self.counters: dict[str, int] = {"records": 0, "bytes": 0, "duplicates": 0, "gaps": 0, "bad_headers": 0}
+        counted = ("records", "bytes", "duplicates", "gaps", "bad_headers", "skipped")
+        self.counters: dict[str, int] = dict.fromkeys(counted, 0)
 
     def take(self, record: Record) -> Segment | None:
         """Return the record's segment, or None for one that was seen before (counted as a duplicate)."""
+        return self._advance(record, skip=False)
+
+    def skip(self, record: Record) -> Segment | None:
+        """Step over a record as if it had been taken: the stream's next segment comes after a gap.
+
+        Returns:
+            What would have been taken, without its bytes, or None for one that was seen before.
+        """
+        return self._advance(record, skip=True)
+
+    def _advance(self, record: Record, *, skip: bool) -> Segment | None:
         self.counters["records"] += 1
         value = record.value or b""
         self.counters["bytes"] += len(value)
         headers, bad = _read_headers(record)
         self.counters["bad_headers"] += len(bad)
-        stream_id = _stream_id(record)
+        name = stream_id(record)
         streams = self._cursors.setdefault((record.topic, record.partition), {})
-        cursor = streams.get(stream_id)
+        cursor = streams.get(name)
 
         placed = _place(cursor, headers, record)
         if placed is None:
             self.counters["duplicates"] += 1
             return None
-        cursor, seq, gap_segments = placed
+        cursor, seq, missing = placed
         start_ns = headers.start_ns if headers.start_ns is not None else record.timestamp_ms * 1_000_000
         if cursor.session_start_ns < 0:
             cursor = replace(cursor, session_start_ns=start_ns)
-        streams[stream_id] = replace(cursor, next_seq=seq + 1, ended=headers.end)
+        gap_segments = cursor.skipped + missing
+        skipped = gap_segments + 1 if skip else 0
+        streams[name] = replace(cursor, next_seq=seq + 1, ended=headers.end, skipped=skipped)
+        self.counters["skipped"] += skip
         meta = SegmentMeta(
-            stream_id=stream_id,
+            stream_id=name,
             session=cursor.session,
             seq=seq,
             start_ns=start_ns,
@@ -92,11 +108,11 @@ class SessionTracker:
             n_bytes=len(value),
         )
         notices = [DeadLetter.of(meta, "bad_header", f"{text}; went on without it") for text in bad]
-        if gap_segments:
+        if missing:
             self.counters["gaps"] += 1
-            missing = f"segments {seq - gap_segments} to {seq - 1} never arrived before {meta.where}"
-            notices.append(DeadLetter.of(meta, "gap", missing))
-        return Segment(meta, value, tuple(notices))
+            detail = f"segments {seq - missing} to {seq - 1} never arrived before {meta.where}"
+            notices.append(DeadLetter.of(meta, "gap", detail))
+        return Segment(meta, b"" if skip else value, tuple(notices))
 
     def snapshot(self) -> dict[tuple[str, int], bytes]:
         """Return each partition's cursors after the last record taken."""
@@ -155,7 +171,17 @@ def _place(cursor: StreamCursor | None, headers: _Headers, record: Record) -> tu
     return cursor, seq, seq - cursor.next_seq
 
 
-def _stream_id(record: Record) -> str:
+def ends_session(record: Record) -> bool:
+    """Tell whether a record says that it is its session's last."""
+    return _is_end(dict(record.headers))
+
+
+def _is_end(headers: Mapping[str, bytes | None]) -> bool:
+    return "end" in headers and (headers["end"] or b"").lower() not in (b"0", b"false")
+
+
+def stream_id(record: Record) -> str:
+    """Return whose record it is."""
     if record.key is None:
         return f"{record.topic}-{record.partition}"
     return record.key.decode("utf-8", "backslashreplace")
@@ -183,6 +209,6 @@ def _read_headers(record: Record) -> tuple[_Headers, list[str]]:
         seq=number("seq"),
         start_ns=number("start_ns"),
         content_type=raw.get("content-type", b"").decode("utf-8", "replace"),
-        end="end" in raw and raw["end"].lower() not in (b"0", b"false"),
+        end=_is_end(raw),
     )
     return headers, bad

@@ -167,6 +167,41 @@ class VllmSettings(_Section):
         return value
 
 
+class LagRule(_Section):
+    """What becomes of some streams' records when the lane is slower than its feeds."""
+
+    streams: str | list[str] = Field("*", description="Name or patterns (* ? [ ]); the first rule that fits counts.")
+    policy: Literal["wait", "skip"] = Field(
+        "wait", description="wait: every record is looked at, however late; skip: those that are too old are not."
+    )
+    max_lag_s: float = Field(
+        60.0, gt=0, description="With skip: a record that is older when its turn comes, by its Kafka timestamp, goes."
+    )
+    resume_lag_s: float | None = Field(
+        None, ge=0, description="Once one goes, so do the next ones up to this age; nothing: half of max_lag_s."
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> LagRule:
+        if not self.patterns or not all(self.patterns):
+            raise ValueError("streams names none; expected a name or a pattern, * for all")
+        if self.resume_s > self.max_lag_s:
+            raise ValueError(
+                f"resume_lag_s is {self.resume_s:g} and max_lag_s {self.max_lag_s:g}; expected the first to be smaller"
+            )
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Return the patterns that a stream's name may fit."""
+        return (self.streams,) if isinstance(self.streams, str) else tuple(self.streams)
+
+    @property
+    def resume_s(self) -> float:
+        """Return up to which age records are skipped, once they are."""
+        return self.max_lag_s / 2 if self.resume_lag_s is None else self.resume_lag_s
+
+
 class LlmSettings(_Section):
     """The LLM deployment on Ray Serve."""
 
@@ -280,6 +315,9 @@ class Settings(_Section):
     scenes: SceneSettings = Field(default_factory=lambda: SceneSettings.model_validate({}))
     model: ModelSettings = Field(default_factory=lambda: ModelSettings.model_validate({}))
     lanes: LaneSettings = Field(default_factory=lambda: LaneSettings.model_validate({}))
+    lag: list[LagRule] = Field(
+        default_factory=list, description="What becomes of streams that the lanes cannot keep up with; else they wait."
+    )
     llm: LlmSettings = Field(default_factory=lambda: LlmSettings.model_validate({}))
     store: StoreSettings = Field(default_factory=lambda: StoreSettings.model_validate({}))
     serve: ServeSettings = Field(default_factory=lambda: ServeSettings.model_validate({}))

@@ -75,7 +75,9 @@ class RunStatus:
     results: int
     dead_letters: int
     duplicates: int
-    lag_records: int
+    skipped: int  # records that were too old; see `lag:` of the settings
+    lag_records: int  # -1 where unknown
+    lag_s: float  # age of what is committed, of the lane that is furthest behind; -1 where unknown
     commit_p50_ms: float
     commit_p95_ms: float
     idle_s: float  # since any lane's newest record; 0 while a lane has not started
@@ -426,7 +428,9 @@ class Supervisor:
             results=total("results"),
             dead_letters=total("dead_letters"),
             duplicates=total("duplicates"),
+            skipped=total("skipped"),
             lag_records=-1 if not lags or min(lags) < 0 else sum(lags),
+            lag_s=-1.0 if any(s.lag_s < 0 for s in now) else max((s.lag_s for s in now), default=-1.0),
             commit_p50_ms=max((s.commit_p50_ms for s in now), default=0.0),
             commit_p95_ms=max((s.commit_p95_ms for s in now), default=0.0),
             idle_s=min((s.idle_s for s in now), default=0.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from stormline.operators.errors import SourceError
 from stormline.operators.rows import Barrier, Segment, rows_of
 from stormline.pipeline import kafka_source
 from stormline.pipeline.kafka_source import SourcePlan, check_offsets_exist, list_partitions, read_forever
-from stormline.pipeline.settings import KafkaSettings
+from stormline.pipeline.settings import KafkaSettings, LagRule
 
 VIDEO, OTHER = TopicPartition("video", 0), TopicPartition("video", 1)
 
@@ -20,9 +21,10 @@ VIDEO, OTHER = TopicPartition("video", 0), TopicPartition("video", 1)
 class FakeConsumer:
     """A consumer over logs that begin and end somewhere."""
 
-    def __init__(self, logs, topics=None):
+    def __init__(self, logs, topics=None, make=None):
         self.logs = logs  # by partition: (first offset that is left, end)
         self.names = topics or {}
+        self.make = make or record  # (partition, offset) → record, or None where a compacted topic has a hole
         self.at = {}
 
     def assign(self, partitions):
@@ -49,7 +51,8 @@ class FakeConsumer:
         found = {}
         for tp, (_, end) in self.logs.items():
             if self.at[tp] < end:
-                found[tp] = [record(tp, self.at[tp])]
+                made = self.make(tp, self.at[tp])
+                found |= {} if made is None else {tp: [made]}
                 self.at[tp] += 1
         return found
 
@@ -74,8 +77,8 @@ def record(tp, offset):
 def read(monkeypatch):
     """Return a function that reads the first rows of a plan from a fake consumer."""
 
-    def read(logs, n_rows, *, start="earliest", interval_s=1e9, **plan):
-        monkeypatch.setattr(kafka_source, "open_consumer", lambda kafka: FakeConsumer(logs))
+    def read(logs, n_rows, *, start="earliest", interval_s=1e9, make=None, **plan):
+        monkeypatch.setattr(kafka_source, "open_consumer", lambda kafka: FakeConsumer(logs, make=make))
         partitions = tuple((tp.topic, tp.partition) for tp in logs)
         plan = SourcePlan(KafkaSettings(start=start), partitions, barrier_interval_s=interval_s, **plan)
         rows = itertools.chain.from_iterable(rows_of(block) for block in read_forever(plan))
@@ -126,3 +129,141 @@ def test_offsets_when_past_the_end_then_refused_and_before_the_beginning_let_thr
     check_offsets_exist(KafkaSettings(), {("video", 0): 25})
     with pytest.raises(SourceError, match=r"goes on at offset 44, .* ends at 43"):
         check_offsets_exist(KafkaSettings(), {("video", 0): 44})
+
+
+def test_source_when_a_compacted_topic_has_holes_then_the_rest_comes_and_positions_step_over_them(read):
+    """The fake does what Kafka's consumer does at a hole: it polls nothing there, and its position goes on."""
+    rows = read(
+        {VIDEO: (0, 6)},
+        20,
+        interval_s=0.0,
+        next_offsets={},
+        make=lambda tp, offset: None if offset in (1, 2, 5) else record(tp, offset),
+    )
+
+    segments = [Segment.from_row(row).meta for row in rows if row.kind == Segment.KIND]
+    assert [(s.offset, s.gap_segments) for s in segments] == [(0, 0), (3, 2), (4, 0)]
+    assert Barrier.from_row(rows[-1]).positions[0].next_offset == 6
+
+
+def aged(spacing_s, n, stream=b"cam"):
+    """Return a maker of records, the newest of `n` as old as now, each so much older than the one after it."""
+    now_ms = time.time_ns() // 1_000_000
+
+    def make(tp, offset):
+        made = record(tp, offset)
+        made.timestamp = now_ms - round((n - 1 - offset) * spacing_s * 1000)
+        made.key = stream
+        return made
+
+    return make
+
+
+def test_source_when_a_backlog_is_too_old_then_it_is_skipped_to_the_lower_limit_and_told(read):
+    rows = read(
+        {VIDEO: (0, 12)},
+        40,
+        next_offsets={},
+        make=aged(1000, 12),
+        interval_s=0.0,
+        lag=(LagRule(streams="cam", policy="skip", max_lag_s=5500, resume_lag_s=2500),),
+    )
+
+    taken = [Segment.from_row(row).meta for row in rows if row.kind == Segment.KIND]
+    assert [(meta.offset, meta.gap_segments) for meta in taken] == [(9, 9), (10, 0), (11, 0)]
+    told = 0
+    for row in rows[: rows.index(next(row for row in rows if row.kind == Segment.KIND))]:
+        barrier = Barrier.from_row(row)
+        told += len(barrier.dead_letters)
+        assert barrier.positions[0].next_offset == told, "a barrier steps over what it does not tell of"
+        assert {letter.reason for letter in barrier.dead_letters} <= {"skipped"}
+    assert told == 9
+
+
+def test_source_when_it_skips_between_two_barriers_then_one_letter_has_the_range_and_the_times(read, monkeypatch):
+    clock = itertools.count(0.0, 1.0)  # a second passes with each look
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+
+    rows = read({VIDEO: (0, 8)}, 5, next_offsets={}, make=aged(1000, 8), interval_s=13.0,
+                lag=(LagRule(policy="skip", max_lag_s=2500, resume_lag_s=2500),))  # fmt: skip
+
+    (letter,) = [d for row in rows if row.kind == Barrier.KIND for d in Barrier.from_row(row).dead_letters]
+    assert "5 records, offsets 0 to 4, 1970-01-01T00:00:00.000+00:00 to 1970-01-01T00:00:04.000+00:00" in letter.detail
+    assert "older than 2500 s when their turn came" in letter.detail
+    assert (letter.stream_id, letter.offset, letter.n_bytes) == ("cam", 0, 5)
+
+
+def accounted(rows, n):
+    """Return what became of each offset: taken or skipped, by the rows that are committed."""
+    fate = {}
+    for row in rows:
+        if row.kind == Segment.KIND:
+            meta = Segment.from_row(row).meta
+            fate.setdefault(meta.offset, []).append("taken")
+            continue
+        for letter in Barrier.from_row(row).dead_letters:
+            numbers = letter.detail.split("offsets ")[1].split(",")[0].split(" to ")
+            for offset in range(int(numbers[0]), int(numbers[1]) + 1):
+                fate.setdefault(offset, []).append(letter.reason)
+    return [fate.get(offset) for offset in range(n)]
+
+
+@pytest.mark.parametrize("n_before", range(1, 12))
+def test_source_when_a_lane_that_skips_crashes_anywhere_then_each_record_is_accounted_for_once(read, n_before):
+    plan = {
+        "make": aged(1000, 12),
+        "interval_s": 0.0,
+        "lag": (LagRule(policy="skip", max_lag_s=5500, resume_lag_s=2500),),
+    }
+    before = read({VIDEO: (0, 12)}, n_before, next_offsets={}, **plan)
+    while before[-1].kind != Barrier.KIND:  # what came after the last barrier was not committed
+        before.pop()
+    barrier = Barrier.from_row(before[-1])
+    committed = {("video", 0): barrier.positions[0].next_offset}
+    snapshots = {(key.topic, key.partition): bytes(data) for key, data in barrier.snapshots.items()}
+
+    after = read({VIDEO: (0, 12)}, 30, next_offsets=committed, snapshots=snapshots, **plan)
+
+    fate = accounted([*before, *after], 12)
+    assert [len(each) for each in fate] == [1] * 12
+    taken = [Segment.from_row(row) for row in [*before, *after] if row.kind == Segment.KIND]
+    assert [s.meta.offset for s in taken][-2:] == [10, 11]
+    assert "gap" not in [letter.reason for s in taken for letter in s.dead_letters]
+    assert taken[0].meta.gap_segments == taken[0].meta.offset
+    assert taken[0].meta.session_start_ns == 0, "the grid's origin is that of the first record, skipped or not"
+
+
+def test_source_when_the_last_record_of_a_session_is_too_old_then_it_is_taken_all_the_same(read):
+    def make(tp, offset):
+        made = aged(1000, 100)(tp, offset)
+        made.headers = [*made.headers, ("end", b"1")] if offset == 2 else made.headers
+        return made
+
+    rule = LagRule(policy="skip", max_lag_s=1)
+    rows = read({VIDEO: (0, 3)}, 20, next_offsets={}, make=make, interval_s=0.0, lag=(rule,))
+
+    (last,) = [Segment.from_row(row).meta for row in rows if row.kind == Segment.KIND]
+    assert (last.offset, last.end, last.gap_segments) == (2, True, 2)
+
+
+def test_source_when_a_stream_waits_then_another_of_its_partition_may_still_be_skipped(read):
+    def make(tp, offset):
+        made = aged(1000, 100)(tp, offset // 2)
+        made.key, made.offset = (b"late", b"kept")[offset % 2], offset
+        return made
+
+    rules = (LagRule(streams=["late", "none-*"], policy="skip", max_lag_s=60), LagRule(streams="*"))
+    rows = read({VIDEO: (0, 8)}, 5, next_offsets={}, make=make, lag=rules)
+
+    assert [Segment.from_row(row).meta.stream_id for row in rows if row.kind == Segment.KIND] == ["kept"] * 4
+
+
+def test_barrier_when_behind_or_at_the_end_then_it_says_up_to_when_all_was_read(read):
+    behind = read({VIDEO: (0, 9)}, 4, next_offsets={}, interval_s=0.0)
+    at_end = read({VIDEO: (0, 1)}, 4, next_offsets={}, interval_s=0.0)
+
+    first, second = [Barrier.from_row(row) for row in behind if row.kind == Barrier.KIND][:2]
+    assert (first.positions[0].lag, first.positions[0].until_ns) == (9, 0)
+    assert (second.positions[0].lag, second.positions[0].until_ns) == (8, 0 * 10**9)
+    last = Barrier.from_row([row for row in at_end if row.kind == Barrier.KIND][-1])
+    assert (last.positions[0].lag, last.positions[0].until_ns) == (0, last.made_ns)

@@ -106,3 +106,33 @@ def test_snapshot_when_restored_then_goes_on_as_without_interruption():
 def test_snapshot_when_of_another_version_then_refused():
     with pytest.raises(CheckpointError, match=r"video\[0\] has version 99"):
         SessionTracker.restore({("video", 0): b'{"version": 99, "streams": {}}'})
+
+
+def test_record_when_skipped_then_the_next_comes_after_a_gap_that_is_not_told_as_missing():
+    tracker = SessionTracker()
+    tracker.take(published(0, 0))
+    for seq in (1, 2, 4):  # 3 never came
+        skipped = tracker.skip(published(seq, seq))
+        assert (skipped.meta.seq, skipped.data) == (seq, b"")
+    again = tracker.skip(published(5, 2))
+
+    tracker = SessionTracker.restore(tracker.snapshot())
+    after = tracker.take(published(6, 6))
+    following = tracker.take(published(7, 7))
+
+    assert [d.detail for d in skipped.dead_letters] == [f"segments 3 to 3 never arrived before {skipped.meta.where}"]
+    assert again is None
+    assert after.meta.gap_segments == 5
+    assert [d.detail for d in after.dead_letters] == [f"segments 5 to 5 never arrived before {after.meta.where}"]
+    assert (following.meta.gap_segments, following.dead_letters) == (0, ())
+
+
+def test_record_when_it_comes_after_its_successor_then_a_gap_was_told_and_it_is_dropped():
+    """What a producer without idempotence may do when it tries again: 0, 2, 1, 3."""
+    tracker = SessionTracker()
+
+    taken = [tracker.take(published(i, seq)) for i, seq in enumerate([0, 2, 1, 1, 3])]
+
+    assert [(s.meta.seq, s.meta.gap_segments) for s in taken if s] == [(0, 0), (2, 1), (3, 0)]
+    assert [d.reason for s in taken if s for d in s.dead_letters] == ["gap"]
+    assert tracker.counters["duplicates"] == 2
