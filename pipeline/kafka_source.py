@@ -9,6 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -113,10 +114,12 @@ class _Reader:
 
     def __init__(self, consumer: KafkaConsumer, plan: SourcePlan):
         self._consumer = consumer
+        self._kafka = plan.kafka
         self._interval_s = plan.barrier_interval_s
         self._tracker = SessionTracker.restore(plan.snapshots)
         self._lag = LagPolicy(plan.lag)
-        self._assignment, lost = _assign(consumer, plan)
+        with _told_as_ours(plan.kafka, "Taking the partitions"):
+            self._assignment, lost = _assign(consumer, plan)
         # What was lost is told beside the next record; until then no barrier may step over it.
         self._untold = dict(lost)
         self._next_offsets = {
@@ -131,7 +134,7 @@ class _Reader:
         due_s = time.monotonic() + self._interval_s
         while True:
             ready: list[Segment | Barrier] = []
-            for tp, record in _poll(self._consumer):
+            for tp, record in _poll(self._consumer, self._kafka):
                 ready += self._take(tp, _record(record))
                 if time.monotonic() >= due_s:
                     ready.append(self._barrier())
@@ -189,13 +192,9 @@ def _n_bytes(item: Segment | Barrier) -> int:
     return item.meta.n_bytes if isinstance(item, Segment) else 0
 
 
-def _poll(consumer: KafkaConsumer) -> Iterable[tuple[TopicPartition, Any]]:
-    from kafka.errors import KafkaError
-
-    try:
+def _poll(consumer: KafkaConsumer, kafka: KafkaSettings) -> Iterable[tuple[TopicPartition, Any]]:
+    with _told_as_ours(kafka, "Reading"):
         batches = consumer.poll(timeout_ms=POLL_TIMEOUT_MS, max_records=POLL_MAX_RECORDS)
-    except KafkaError as e:
-        raise SourceError(f"Reading from Kafka failed: {e!r}. The lane restarts from its checkpoint.") from e
     return [(tp, record) for tp, records in batches.items() for record in records]
 
 
@@ -245,7 +244,7 @@ def open_consumer(kafka: KafkaSettings, group_id: str | None = None) -> KafkaCon
         SourceError: If no broker answers; says which address was tried.
     """
     from kafka import KafkaConsumer
-    from kafka.errors import KafkaError
+    from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError
 
     options: dict[str, Any] = {
         "group_id": group_id,
@@ -259,11 +258,37 @@ def open_consumer(kafka: KafkaSettings, group_id: str | None = None) -> KafkaCon
     }
     try:
         return KafkaConsumer(**options)
+    except (SaslAuthenticationFailedError, AuthorizationError) as e:
+        raise _refused(kafka, e) from e
     except (KafkaError, OSError, ValueError, AssertionError) as e:
         raise SourceError(
             f"No Kafka broker answers at {kafka.bootstrap_servers} ({e!r}). Start one (`stormline broker`), or set "
             "kafka.bootstrap_servers, and kafka.client for TLS and SASL."
         ) from e
+
+
+@contextmanager
+def _told_as_ours(kafka: KafkaSettings, doing: str) -> Iterator[None]:
+    """Raise what Kafka's client raises as a `SourceError`."""
+    from kafka.errors import AuthorizationError, KafkaError, SaslAuthenticationFailedError
+
+    try:
+        yield
+    except (SaslAuthenticationFailedError, AuthorizationError) as e:
+        raise _refused(kafka, e) from e
+    except KafkaError as e:
+        raise SourceError(
+            f"{doing} failed at {kafka.bootstrap_servers}: {e!r}. A lane restarts from its checkpoint; see the "
+            "brokers' logs if it goes on."
+        ) from e
+
+
+def _refused(kafka: KafkaSettings, error: Exception) -> SourceError:
+    return SourceError(
+        f"{kafka.bootstrap_servers} refuses us ({error!r}); expected a user that may read {', '.join(kafka.topics)} "
+        f"and commit offsets of the group {kafka.group_id}. Correct kafka.client (sasl_mechanism, sasl_plain_username, "
+        "sasl_plain_password, ssl_cafile…), or the brokers' access lists."
+    )
 
 
 def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
@@ -274,7 +299,8 @@ def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
     """
     consumer = open_consumer(kafka)
     try:
-        existing = sorted(consumer.topics())
+        with _told_as_ours(kafka, "Listing the topics"):
+            existing = sorted(consumer.topics())
         found = {name: [t for t in existing if t == name or _fits(t, name)] for name in kafka.topics}
         missing = [name for name, topics in found.items() if not topics]
         if missing:
@@ -306,7 +332,8 @@ def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, i
     consumer = open_consumer(kafka)
     try:
         partitions = [TopicPartition(*key) for key in next_offsets]
-        ends = consumer.end_offsets(partitions)
+        with _told_as_ours(kafka, "Looking up where the partitions end"):
+            ends = consumer.end_offsets(partitions)
         for tp in partitions:
             next_offset = next_offsets[tp.topic, tp.partition]
             if next_offset > ends[tp]:

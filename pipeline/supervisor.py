@@ -442,12 +442,15 @@ class Supervisor:
 
 def run_identity(settings: Settings, model: ModelDescription) -> dict[str, Any]:
     """Return what must stay the same for a checkpoint to be gone on from."""
+    from .tables import SCHEMA_VERSION
+
     return {
         "model": model.fingerprint,
         "sampling.fps": str(settings.sampling.fps),
         "sampling.max_hold_s": settings.sampling.max_hold_s,
         "chunk_frames": model.chunk_frames,
         "frame_hw": list(model.frame_hw),
+        "tables.schema_version": SCHEMA_VERSION,
     }
 
 

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from bisect import bisect_left
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,22 +23,28 @@ import ray
 import torch
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
+from ray.data import DataContext
 from starlette.testclient import TestClient
 
 from stormline.models.loading import load_model
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.decode import decode_segment
-from stormline.operators.rows import SegmentMeta
+from stormline.operators.rows import Barrier, SegmentMeta, rows_of
 from stormline.operators.sampling import GridSpec
+from stormline.pipeline.endless_dataset import ROWS_IN_FLIGHT, actor_step, build_dataset, lane_context
 from stormline.pipeline.front.app import Backend, build_app
 from stormline.pipeline.front.queries import QueryRules
+from stormline.pipeline.kafka_source import BLOCK_ROWS, KafkaSource, SourcePlan
+from stormline.pipeline.lane import iter_rows
 from stormline.pipeline.publish.publisher import publish_source
+from stormline.pipeline.settings import KafkaSettings
 from stormline.pipeline.supervisor import Supervisor
 
 pytestmark = pytest.mark.timeout(240)
 
 START_NS = 1_700_000_000_000_000_000
 RUN_LIMIT_S = 120
+MOST_ROWS_IN_FLIGHT = 4 * ROWS_IN_FLIGHT * BLOCK_ROWS  # with one slow step: what waits before it, in it and after it
 NOT_COMPARED = {"latency_ms", "emitted_time"}  # of a run, not of its results
 
 
@@ -506,3 +514,117 @@ def test_query_when_added_over_the_api_while_the_lane_runs_then_in_force_after_a
     assert {json.loads(r.value)["id"] for r in read_all(broker, "asked-alerts")} == set(ids)
     assert client.delete("/v1/queries/mine").status_code == 200
     assert [q["id"] for q in client.get("/v1/queries").json()["data"]] == [q.id for q in settings.queries]
+
+
+def clones(records, names, seqs):
+    """Return the generated feed's records under other names; the n-th name's go to partition n."""
+    feed = [r for r in records if r.key == b"shapes" and int(dict(r.headers)["seq"]) in seqs]
+    return [(partition, name, r) for r in feed for partition, name in enumerate(names)]
+
+
+def send_clones(bootstrap, topic, found, timestamp_ms=lambda name, record: record.timestamp):
+    producer = KafkaProducer(bootstrap_servers=bootstrap)
+    for partition, name, r in found:
+        producer.send(topic, r.value, name.encode(), list(r.headers), partition, timestamp_ms(name, r))
+    producer.flush(30)
+    producer.close()
+
+
+def of_clone(rows, name):
+    """Return a stream's rows under the name of the feed that it is a copy of."""
+    mine = [{**row, "stream_id": "shapes"} for row in rows if row["stream_id"] == name]
+    return comparable(drop(mine))
+
+
+CAPTIONS = "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]"
+
+
+def test_run_when_four_lanes_become_one_become_three_then_as_one_undisturbed_run(
+    whole_run, broker, services, records, make_settings
+):
+    names = [f"cam-{k}" for k in range(4)]
+    create_topic(broker, "rescaled", partitions=4)
+    lanes = []
+
+    for count, seqs in ((4, range(5)), (1, range(5, 9)), (3, range(9, 99))):
+        send_clones(broker, "rescaled", clones(records, names, seqs))
+        settings = make_settings("rescaled", "out", CAPTIONS, f"lanes.count={count}", "lanes.decode_workers=1")
+        lanes.append(run_until_idle(settings, idle_s=1.0).lanes)
+
+    assert lanes == [4, 1, 3]
+    tokens, results = table(settings, "tokens"), table(settings, "results")
+    expected_tokens = of_clone(table(whole_run, "tokens"), "shapes")
+    expected_captions = of_clone([r for r in table(whole_run, "results") if r["query_id"] == "caption"], "shapes")
+    for name in names:
+        assert of_clone(tokens, name) == expected_tokens, f"the state of {name} did not move with it"
+        assert of_clone(results, name) == expected_captions
+    assert table(settings, "dead_letters") == []
+
+
+def test_lane_when_a_backlog_is_too_old_then_it_is_skipped_told_and_gone_on_after_and_other_streams_wait(
+    whole_run, broker, services, records, make_settings
+):
+    """Thirteen records lie there at once, one for every 500 s: the first is 6,000 s old, the last is new."""
+    create_topic(broker, "behind", partitions=2)
+    now_ms = int(time.time() * 1000)
+    names, found = ("late", "kept"), clones(records, ("late", "kept"), range(99))
+    n = len(found) // len(names)
+    send_clones(broker, "behind", found, lambda name, r: now_ms - 500_000 * (n - 1 - int(dict(r.headers)["seq"])))
+    rule = "lag=[{streams: 'late*', policy: skip, max_lag_s: 2000}]"
+    settings = make_settings("behind", "out", CAPTIONS, rule)
+    lags = []
+
+    status = run_until_idle(settings, on_status=lambda status: lags.append(status.lag_s))
+
+    assert of_clone(table(settings, "tokens"), "kept") == of_clone(table(whole_run, "tokens"), "shapes")
+    letters = table(settings, "dead_letters")
+    assert {(letter["reason"], letter["stream_id"]) for letter in letters} == {("skipped", "late")}
+    assert status.skipped == sum(int(letter["detail"].split()[0]) for letter in letters) == n - 2
+    assert min(letter["offset"] for letter in letters) == 0
+    late = [r for r in table(settings, "tokens") if r["stream_id"] == "late"]
+    first_taken_s = START_NS / 1e9 + n - 2
+    assert late
+    assert late[0]["start_time"].timestamp() >= first_taken_s, "a frame before the gap was held across it"
+    assert [r["chunk_index"] for r in late] == list(range(len(late)))
+    assert {r["offset"] for r in late} <= {n - 2, n - 1}
+    assert status.lag_records == 0
+    assert 0 <= status.lag_s < 500
+
+
+class Slowly:
+    """A step that takes a while for each row."""
+
+    def __call__(self, block):
+        for _ in rows_of(block):
+            time.sleep(0.01)
+        yield block
+
+
+def test_lane_when_a_step_is_slower_than_its_feed_then_what_is_in_flight_is_bounded(broker, ray_session):
+    n, n_bytes = 900, 50_000
+    create_topic(broker, "slow", partitions=1)
+    producer = KafkaProducer(bootstrap_servers=broker)
+    for _ in range(n):
+        producer.send("slow", key=b"cam", value=bytes(n_bytes))
+    producer.flush(60)
+    producer.close()
+    plan = SourcePlan(KafkaSettings(bootstrap_servers=broker, topics=["slow"]), (("slow", 0),), {}, {}, 0.05)
+    context = DataContext.get_current().copy()
+
+    with DataContext.current(context):
+        lane_context(context)
+        dataset = build_dataset(KafkaSource(plan), {"slow": actor_step(Slowly, {}, num_cpus=0.1)})
+        received_ns, in_flight = [], []
+        for row in iter_rows(dataset):
+            if row.kind != Barrier.KIND:
+                received_ns.append(time.time_ns())
+                continue
+            barrier = Barrier.from_row(row)
+            read_by_then = barrier.positions[0].next_offset
+            in_flight.append(read_by_then - bisect_left(received_ns, barrier.made_ns))
+            if read_by_then == n:
+                break
+
+    assert len(received_ns) == n
+    assert max(in_flight) <= MOST_ROWS_IN_FLIGHT, in_flight
+    assert max(in_flight) > 0

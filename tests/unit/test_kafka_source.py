@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from types import SimpleNamespace
 
+import kafka
 import pytest
+from kafka.errors import KafkaConnectionError, SaslAuthenticationFailedError, TopicAuthorizationFailedError
 from kafka.structs import TopicPartition
 
 from stormline.operators.errors import SourceError
 from stormline.operators.rows import Barrier, Segment, rows_of
 from stormline.pipeline import kafka_source
 from stormline.pipeline.kafka_source import SourcePlan, check_offsets_exist, list_partitions, read_forever
+from stormline.pipeline.partition_watch import PartitionWatch
 from stormline.pipeline.settings import KafkaSettings, LagRule
 
 VIDEO, OTHER = TopicPartition("video", 0), TopicPartition("video", 1)
@@ -146,6 +150,27 @@ def test_source_when_a_compacted_topic_has_holes_then_the_rest_comes_and_positio
     assert Barrier.from_row(rows[-1]).positions[0].next_offset == 6
 
 
+def test_source_when_a_transaction_was_aborted_then_its_records_never_existed_and_no_gap_is_told(read):
+    """The client leaves aborted records and control markers out and steps over them; the fake does, too."""
+    kept = {0: 0, 4: 1, 9: 2}  # offset → seq; 1 is a marker, 2 an aborted second segment, and so on
+
+    def make(tp, offset):
+        made = record(tp, offset)
+        made.headers = [("session", b"s"), ("seq", b"%d" % kept.get(offset, 0))]
+        return made if offset in kept else None
+
+    rows = read({VIDEO: (0, 11)}, 30, interval_s=0.0, next_offsets={}, make=make)
+
+    segments = [Segment.from_row(row) for row in rows if row.kind == Segment.KIND]
+    assert [(s.meta.offset, s.meta.seq, s.meta.gap_segments, s.dead_letters) for s in segments] == [
+        (0, 0, 0, ()),
+        (4, 1, 0, ()),
+        (9, 2, 0, ()),
+    ]
+    position = Barrier.from_row(rows[-1]).positions[0]
+    assert (position.next_offset, position.lag) == (11, 0), "what was aborted last would be lag for ever"
+
+
 def aged(spacing_s, n, stream=b"cam"):
     """Return a maker of records, the newest of `n` as old as now, each so much older than the one after it."""
     now_ms = time.time_ns() // 1_000_000
@@ -267,3 +292,87 @@ def test_barrier_when_behind_or_at_the_end_then_it_says_up_to_when_all_was_read(
     assert (second.positions[0].lag, second.positions[0].until_ns) == (8, 0 * 10**9)
     last = Barrier.from_row([row for row in at_end if row.kind == Barrier.KIND][-1])
     assert (last.positions[0].lag, last.positions[0].until_ns) == (0, last.made_ns)
+
+
+def test_source_when_the_broker_refuses_the_user_then_the_error_says_so_and_what_to_correct(monkeypatch):
+    """The embedded broker has no users; the client's answer is faked."""
+
+    def refuse(**options):
+        raise SaslAuthenticationFailedError("Authentication failed: Invalid username or password")
+
+    monkeypatch.setattr(kafka, "KafkaConsumer", refuse)
+
+    with pytest.raises(SourceError, match=r"refuses us \(.*Invalid username.*Correct kafka\.client"):
+        list_partitions(KafkaSettings())
+
+
+class FailingConsumer(FakeConsumer):
+    """Fails once it has come to some offset, as the client does when brokers are away or rights are taken."""
+
+    def __init__(self, logs, at, error):
+        super().__init__(logs)
+        self.fails_at, self.error = at, error
+
+    def poll(self, timeout_ms, max_records):
+        if any(offset >= self.fails_at for offset in self.at.values()):
+            raise self.error
+        return super().poll(timeout_ms, max_records)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KafkaConnectionError("broker restarting"), r"Reading failed at .*broker restarting.*restarts from its checkp"),
+        (TopicAuthorizationFailedError("video"), r"refuses us .*may read video.*access lists"),
+    ],
+)
+def test_source_when_the_broker_goes_and_comes_back_with_its_offsets_then_each_record_comes_once(
+    read, monkeypatch, error, said
+):
+    """The embedded broker forgets everything when it stops; what the client tells of a restart is faked."""
+    rows = []
+    failing = FailingConsumer({VIDEO: (0, 6)}, 3, error)
+    monkeypatch.setattr(kafka_source, "open_consumer", lambda settings: failing)
+    blocks = read_forever(SourcePlan(KafkaSettings(), (("video", 0),), {}, barrier_interval_s=0.0))
+    with pytest.raises(SourceError, match=said):
+        rows.extend(row for block in blocks for row in rows_of(block))
+    last = next(i for i in reversed(range(len(rows))) if rows[i].kind == Barrier.KIND)
+    barrier = Barrier.from_row(rows[last])
+    snapshots = {(key.topic, key.partition): bytes(data) for key, data in barrier.snapshots.items()}
+
+    rows[last + 1 :] = read(
+        {VIDEO: (0, 6)},
+        20,
+        interval_s=0.0,
+        next_offsets={("video", 0): barrier.positions[0].next_offset},
+        snapshots=snapshots,
+    )
+
+    metas = [Segment.from_row(row).meta for row in rows if row.kind == Segment.KIND]
+    assert [(m.offset, m.seq, m.gap_segments) for m in metas] == [(n, n, 0) for n in range(6)]
+
+
+def test_watch_when_partitions_are_added_and_brokers_are_away_for_a_while_then_each_is_found_once(monkeypatch):
+    asked, answers = threading.Event(), [{"video": 2}, None, {"video": 3}, {"video": 3, "video-2": 1}]
+
+    class Consumer(FakeConsumer):
+        def topics(self):
+            if self.names is None:
+                raise KafkaConnectionError("away")
+            return super().topics()
+
+    def open_consumer(settings):
+        if not answers:
+            asked.set()
+        consumer = Consumer({}, {"video": 3, "video-2": 1})
+        consumer.names = answers.pop(0) if answers else consumer.names
+        return consumer
+
+    monkeypatch.setattr(kafka_source, "open_consumer", open_consumer)
+    watch = PartitionWatch(KafkaSettings(topics=["video*"], discover_s=0.001), [("video", 0), ("video", 1)])
+    watch.start()
+    assert asked.wait(20)
+    watch.stop()
+
+    assert watch.take() == [("video", 2), ("video-2", 0)]
+    assert watch.take() == []

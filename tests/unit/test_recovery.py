@@ -26,6 +26,9 @@ from stormline.pipeline.checkpoint import (
 from stormline.pipeline.durable_files import temporary_path
 from stormline.pipeline.parquet_sink import EpochWriter, find_data_files
 from stormline.pipeline.recovery import recover, recover_lane
+from stormline.pipeline.settings import load_settings
+from stormline.pipeline.supervisor import run_identity
+from stormline.pipeline.video_llm import ModelDescription
 
 IDENTITY = {"model": "storm-1", "sampling": {"fps": "2", "max_hold_s": 5.0}, "frame_hw": (64, 64)}
 PARTITIONS = [("video", p) for p in range(4)]
@@ -374,6 +377,34 @@ def test_recovery_when_a_setting_differs_then_each_is_named_with_the_choices(tmp
     assert "frame_hw" not in message  # a tuple and a list are the same setting
     assert "choose a new `output.path`" in message
     assert recover(tmp_path, lanes=1, identity=IDENTITY).partitions
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda run: run(fingerprint="other"), 'model: got "other", expected "shapes"'),
+        (lambda run: run(chunk_frames=8), "chunk_frames: got 8, expected 4"),
+        (lambda run: run("sampling.fps=4"), 'sampling.fps: got "4", expected "2"'),
+        (lambda run: {**run(), "tables.schema_version": 99}, "tables.schema_version: got 99, expected 1"),
+    ],
+)
+def test_run_when_the_checkpoint_is_of_another_model_grid_or_schema_then_refused_with_what_to_do(
+    tmp_path, change, said
+):
+    def run(*overrides, fingerprint="shapes", chunk_frames=4):
+        model = ModelDescription("shapes", fingerprint, True, (64, 64), chunk_frames)
+        return run_identity(load_settings(None, overrides), model)
+
+    start = recover(tmp_path, lanes=1, identity=run()).for_lane(0, [("video", 0)])
+    writer = EpochWriter(start, model="shapes", identity=run())
+    writer.commit(positions=[Position("video", 0, 1)], snapshots={})
+
+    with pytest.raises(CheckpointError) as caught:
+        recover(tmp_path, lanes=1, identity=change(run))
+
+    assert said in str(caught.value)
+    assert "Restore what was expected, or choose a new `output.path`. Nothing was deleted." in str(caught.value)
+    assert recover(tmp_path, lanes=1, identity=run()).partitions
 
 
 def test_recovery_when_checkpoints_went_lost_then_rows_are_not_deleted(tmp_path):
