@@ -13,6 +13,11 @@ import ray
 from ray.core.generated import gcs_pb2
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
@@ -27,6 +32,20 @@ SOURCE_CPUS = 0.1  # logical ones
 
 generated: Any = gcs_pb2
 DEAD = generated.ActorTableData.ActorState.DEAD
+
+
+class BlocksInFlight(BackpressurePolicy):
+    """Lets no more blocks wait between two steps than keep the second one busy.
+
+    Ray's own policies go by bytes alone: a backlog of small records is then read by the thousand, long before the lane
+    comes to it, and what is in flight is lost from sight as lag.
+    """
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        """Return 0 where enough of a step's output waits for the next one, else None: any."""
+        return 0 if self._topology[op].output_queue.num_blocks >= ROWS_IN_FLIGHT else None
+
+
 update_running_actor_state = _ActorPool._update_running_actor_state  # Ray's own
 
 
@@ -35,6 +54,7 @@ def lane_context(context: DataContext) -> None:
     context.target_max_block_size = 1  # a row leaves at once; at the default nothing leaves until 128 MB
     context.execution_options.preserve_order = True
     context._max_num_blocks_in_streaming_gen_buffer = ROWS_IN_FLIGHT
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, BlocksInFlight])
     context.execution_no_progress_timeout_s = -1  # a feed may be silent for a night
     context.actor_task_retry_on_errors = False  # a retried call would meet a state that has moved on
     context.enable_progress_bars = False

@@ -1,18 +1,20 @@
 """What the lane sets inside Ray Data is still there in this version of Ray."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.execution.backpressure_policy import get_backpressure_policies
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
 from ray.exceptions import RayError
 
-from stormline.pipeline.endless_dataset import EXECUTOR_TURN_S, ROWS_IN_FLIGHT, lane_context
+from stormline.pipeline.endless_dataset import EXECUTOR_TURN_S, ROWS_IN_FLIGHT, BlocksInFlight, lane_context
 
 
 class Bundle:
@@ -33,6 +35,16 @@ def test_ray_data_when_read_then_uses_what_the_lane_sets():
     assert "self._update_running_actor_state(actor)" in inspect.getsource(_ActorPool.refresh_actor_state)
     assert hasattr(_ActorPool, "map_worker_cls_name")
     assert hasattr(DataContext(), "_max_num_blocks_in_streaming_gen_buffer")
+    assert ".max_task_output_bytes_to_read(op)" in inspect.getsource(streaming_executor_state.process_completed_tasks)
+
+
+@pytest.mark.parametrize(("n_waiting", "limit"), [(0, None), (ROWS_IN_FLIGHT - 1, None), (ROWS_IN_FLIGHT, 0)])
+def test_policy_when_enough_waits_for_the_next_step_then_no_more_is_read(n_waiting, limit):
+    assert isinstance(streaming_executor_state.OpBufferQueue.num_blocks, property)
+    state = SimpleNamespace(output_queue=SimpleNamespace(num_blocks=n_waiting))
+    policy = BlocksInFlight(DataContext(), {"op": state}, None)
+
+    assert policy.max_task_output_bytes_to_read("op") == limit
 
 
 class DeadActor:
@@ -72,6 +84,7 @@ def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(as_befo
 
     assert context.target_max_block_size == 1
     assert context._max_num_blocks_in_streaming_gen_buffer == ROWS_IN_FLIGHT
+    assert BlocksInFlight in [type(policy) for policy in get_backpressure_policies(context, {}, None)]
     assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S == EXECUTOR_TURN_S
     assert map_operator.to_stats([object()]) == []
     assert _StatsManager.update_execution_metrics("dataset", [], [], {}) is None
