@@ -30,11 +30,23 @@ from .media import (
     ffmpeg_errors,
     open_media,
     open_video_stream,
+    opened_uri,
     sniff_image,
 )
 from .pictures import PicturePace, make_jpeg
 from .rgb import RgbConverter, orientation
-from .rows import Barrier, Buffer, DeadLetter, DecodedSegment, Row, Segment, SegmentMeta, block_of, rows_of
+from .rows import (
+    Barrier,
+    Buffer,
+    DeadLetter,
+    DecodedSegment,
+    FileRange,
+    Row,
+    Segment,
+    SegmentMeta,
+    block_of,
+    rows_of,
+)
 from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
 from .worker_limits import ended_after, limit_memory
 
@@ -55,6 +67,7 @@ REASONS = {
     "too_large": "frames over the limit on pixels",
     "no_frames": "a video stream of which no frame could be decoded",
     "crashes": "its decoder or the encoder died of it, or of something else while at it, three times",
+    "unreadable": "a file of an archive that could not be opened or read",
     "error": "an error of ours; the log has its traceback",
     # notices: the segment was used
     "damaged": "some frames were lost",
@@ -129,34 +142,46 @@ def decode_file(
     grid: GridSpec,
     frame_hw: tuple[int, int],
     pts_range: tuple[int | None, int | None] = (None, None),
+    keep_from_pts: int | None = None,
     origin_pts: int | None = None,
     limits: DecodeLimits | None = None,
+    with_picture: bool = False,
 ) -> DecodedSegment:
-    """Decode a local file, or the part of it between two keyframes, as a segment.
+    """Decode a file, or the part of it between two keyframes, as a segment.
 
     With the file's first timestamp as `origin_pts`, all parts of a file lie on one clock that starts at
     `meta.session_start_ns`, and give the frames that the same file gives when it is published in segments.
 
     Args:
-        path: The file.
+        path: The file, or its address (`media.opened_uri`).
         meta: Which part of which session it is.
         grid: The lane's grid.
         frame_hw: Size of the frames that come out.
         pts_range: [start, stop) timestamps of the keyframes that bound the part, in the stream's time base; None
             for the file's start or end. Cut only where what follows needs nothing before it: of an open GOP the
-            leading frames are lost, and counted.
+            leading frames are lost, and counted; to keep them, start a GOP earlier.
+        keep_from_pts: Frames shown before are not of this part; None: all are.
         origin_pts: Timestamp of the frame at the session's start; None if it is this part's first frame, at
             `meta.start_ns`.
         limits: As for `decode_segment`.
+        with_picture: Likewise.
 
     Raises:
         MediaError: As for `decode_segment`.
         OSError: If the file cannot be read.
     """
     limits = limits or DecodeLimits()
-    with open_media(path, max_frame_px=limits.max_frame_px) as container:
+    with opened_uri(path) as source, open_media(source, max_frame_px=limits.max_frame_px) as container:
         return decode_container(
-            container, meta, origin_pts, pts_range=pts_range, grid=grid, frame_hw=frame_hw, limits=limits
+            container,
+            meta,
+            origin_pts,
+            pts_range=pts_range,
+            keep_from_pts=keep_from_pts,
+            grid=grid,
+            frame_hw=frame_hw,
+            limits=limits,
+            with_picture=with_picture,
         )
 
 
@@ -166,6 +191,7 @@ def decode_container(
     origin_pts: int | None,
     *,
     pts_range: tuple[int | None, int | None] = (None, None),
+    keep_from_pts: int | None = None,
     grid: GridSpec,
     frame_hw: tuple[int, int],
     limits: DecodeLimits,
@@ -174,7 +200,7 @@ def decode_container(
     """Decode an open container; see `decode_segment` and `decode_file`."""
     with ffmpeg_errors() as errors:
         stream = open_video_stream(container, max_frame_px=limits.max_frame_px)
-        reader = VideoReader(container, stream, errors, pts_range)
+        reader = VideoReader(container, stream, errors, pts_range, keep_from_pts)
         clock = None
         if origin_pts is not None and stream.time_base is not None:
             clock = MediaClock(stream.time_base, origin_pts, meta.session_start_ns, meta.session_start_ns)
@@ -421,6 +447,8 @@ class Decode:
         """Decode a segment, or say why not: one bad record must not stop a lane, which would meet it again."""
         meta = segment.meta
         try:
+            if segment.file is not None:
+                return self.decode_range(segment.file, meta)
             return decode_segment(
                 segment.data,
                 meta,
@@ -442,6 +470,27 @@ class Decode:
         data = bytes(segment.data[: self.dead_letter_bytes])
         letter = DeadLetter.of(segment.meta, reason, detail, data)
         return failed_segment(segment.meta, self.frame_hw, (letter,))
+
+    def decode_range(self, file: FileRange, meta: SegmentMeta) -> DecodedSegment:
+        """Decode a part of a file.
+
+        Raises:
+            MediaError: As `decode_segment`; and `unreadable`.
+        """
+        try:
+            return decode_file(
+                file.uri,
+                meta,
+                grid=self.grid,
+                frame_hw=self.frame_hw,
+                pts_range=(file.start_pts, file.stop_pts),
+                keep_from_pts=file.keep_from_pts,
+                origin_pts=file.origin_pts,
+                limits=self.limits,
+                with_picture=self.pace.due(meta.stream_id),
+            )
+        except OSError as error:
+            raise MediaError("unreadable", f"cannot read {file.uri}: {error.strerror or error}") from error
 
 
 def with_dead_letters(decoded: DecodedSegment, earlier: tuple[DeadLetter, ...]) -> DecodedSegment:

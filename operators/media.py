@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import av
 import av.error
@@ -77,11 +78,37 @@ def sniff_image(data: Buffer) -> str | None:
     return next((codec for magic, codec in IMAGE_CODECS.items() if head.startswith(magic)), None)
 
 
-def open_media(source: Buffer | str | Path, *, max_frame_px: int = MAX_FRAME_PX) -> InputContainer:
+SEEK_MARGIN_S = 1  # containers seek by decoding times, which may lie this much before those of a keyframe's display
+REMOTE_READ_BYTES = 1 << 20  # of a file that is not on a disk of ours, at once
+
+
+@contextmanager
+def opened_uri(uri: str | Path) -> Iterator[str | Path | IO[bytes]]:
+    """Give what `open_media` takes: a local path as it is, an address of `pyarrow.fs` (s3://…, gs://…) as a file.
+
+    Raises:
+        OSError: If the file cannot be opened.
+    """
+    if not is_address(uri):
+        yield uri
+        return
+    from pyarrow.fs import FileSystem
+
+    system, path = FileSystem.from_uri(str(uri))
+    with system.open_input_file(path) as file:
+        yield cast("IO[bytes]", file)
+
+
+def is_address(uri: str | Path) -> bool:
+    """Tell an address of `pyarrow.fs` from a local path."""
+    return isinstance(uri, str) and re.match(r"[a-z][a-z0-9+.-]*://", uri) is not None
+
+
+def open_media(source: Buffer | str | Path | IO[bytes], *, max_frame_px: int = MAX_FRAME_PX) -> InputContainer:
     """Open a container for reading; close it, or use it in a `with`.
 
     Args:
-        source: Its bytes, or the path of a local file.
+        source: Its bytes, the path of a local file, or an open file that can seek.
         max_frame_px: Refuse larger frames.
 
     Raises:
@@ -94,10 +121,13 @@ def open_media(source: Buffer | str | Path, *, max_frame_px: int = MAX_FRAME_PX)
         if isinstance(source, (str, Path)):
             Path(source).open("rb").close()  # the OSError that says it best
             file, name = f"file:{source}", str(source)
-        else:
+        elif isinstance(source, (bytes, memoryview)):
             file, name = io.BytesIO(source), f"{memoryview(source).nbytes} bytes"
+        else:
+            file, name = source, "a remote file"
         try:
-            return av.open(file, "r", options=options, metadata_errors="replace")
+            buffer_bytes = REMOTE_READ_BYTES if file is source else 32_768
+            return av.open(file, "r", options=options, metadata_errors="replace", buffer_size=buffer_bytes)
         except (av.error.FFmpegError, ValueError) as error:
             said = first_line(errors) or str(error)
             raise MediaError("not_media", f"{name} are no media that can be read: FFmpeg says {said!r}") from error
@@ -201,11 +231,13 @@ class VideoReader:
         stream: VideoStream,
         errors: Sequence[tuple[int, str, str]],
         pts_range: tuple[int | None, int | None] = (None, None),
+        keep_from_pts: int | None = None,
     ):
         self.container = container
         self.stream = stream
         self.errors = errors  # filled by `ffmpeg_errors` while reading
         self.pts_range = pts_range
+        self.keep_from_pts = keep_from_pts  # what is shown before is decoded for reference only
         self.time_base = stream.time_base or Fraction(1, 1_000_000)
         self.first_packet_ticks: int | None = None
         self.n_packets = 0
@@ -220,11 +252,13 @@ class VideoReader:
         next_ticks = self.first_packet_ticks or 0
         choose = TimestampChoice()
         for frame in self.decoded():
-            self.n_frames += 1
-            self.interlaced |= frame.interlaced_frame
             chosen = choose(frame.pts, frame.dts)
             ticks = next_ticks if chosen is None else chosen
             next_ticks = ticks + step_ticks
+            if self.is_before(ticks):
+                continue
+            self.n_frames += 1
+            self.interlaced |= frame.interlaced_frame
             if frame.is_corrupt:
                 self.n_corrupt += 1
             else:
@@ -249,7 +283,7 @@ class VideoReader:
         """Yield the packets of the range. A container that breaks off has simply ended, with an error to count."""
         start_pts, stop_pts = self.pts_range
         if start_pts is not None:
-            self.container.seek(start_pts, stream=self.stream)
+            self.container.seek(start_pts - round(SEEK_MARGIN_S / self.time_base), stream=self.stream)
         started = start_pts is None
         try:
             for packet in self.container.demux(self.stream):
@@ -268,11 +302,15 @@ class VideoReader:
 
     def count(self, packet: av.Packet) -> None:
         """Count a packet that should become a frame, and keep the first one's timestamp."""
-        if packet.is_discard:  # before the start of an edit list: decoded for reference only
+        if packet.is_discard or self.is_before(packet.pts):  # of an edit list's, decoded for reference only
             return
         if not self.n_packets:
             self.first_packet_ticks = packet.pts
         self.n_packets += 1
+
+    def is_before(self, ticks: int | None) -> bool:
+        """Tell whether a time lies before what is wanted."""
+        return self.keep_from_pts is not None and ticks is not None and ticks < self.keep_from_pts
 
     def losses(self) -> list[str]:
         """Return what was lost so far, in words; empty for a sound segment."""

@@ -147,24 +147,45 @@ class DeadLetter:
 
 
 @dataclass(frozen=True)
+class FileRange:
+    """The part of a file that a segment of an archive is, in place of bytes. Times in the stream's own time base."""
+
+    uri: str  # a local path, or an address that `pyarrow.fs` knows
+    start_pts: int | None  # of the keyframe to decode from; None: the file's start
+    keep_from_pts: int | None  # what is shown before belongs to the range before, and is decoded for reference only
+    stop_pts: int | None  # of the keyframe that begins the next range; None: the file's end
+    origin_pts: int | None  # of the frame at the session's start; None: the first one
+
+
+@dataclass(frozen=True)
 class Segment:
-    """One Kafka record, source → decode."""
+    """One Kafka record, or a part of a file, source → decode."""
 
     meta: SegmentMeta
     data: Buffer = field(repr=False)
     dead_letters: tuple[DeadLetter, ...] = ()  # what the source saw: gaps before this record
+    file: FileRange | None = None  # where the media is instead; then `data` is empty
 
     KIND = "segment"
 
     def to_row(self, lane_seq: int) -> Row:
         """Return its row."""
         dead, dead_parts = _pack_dead(self.dead_letters)
-        return Row(self.KIND, lane_seq, {"meta": asdict(self.meta), "dead": dead}, (self.data, *dead_parts))
+        header = {"meta": asdict(self.meta), "dead": dead}
+        if self.file is not None:
+            header["file"] = asdict(self.file)
+        return Row(self.KIND, lane_seq, header, (self.data, *dead_parts))
 
     @classmethod
     def from_row(cls, row: Row) -> Segment:
         """Read it back."""
-        return cls(SegmentMeta(**row.header["meta"]), row.parts[0], _unpack_dead(row.header["dead"], row.parts[1:]))
+        file = row.header.get("file")
+        return cls(
+            meta=SegmentMeta(**row.header["meta"]),
+            data=row.parts[0],
+            dead_letters=_unpack_dead(row.header["dead"], row.parts[1:]),
+            file=None if file is None else FileRange(**file),
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..operators.errors import SettingsError, StormlineError
+from .commands.archive import archive
 from .commands.ask import ask
 from .commands.broker import broker
 from .commands.compact import compact
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, results, ask, watch, serve, compact, train):
+for command in (demo, broker, publish, run, archive, results, ask, watch, serve, compact, train):
     app.command()(command)
 app.command("import")(import_model)
 app.command("eval")(evaluate_model)

@@ -22,9 +22,8 @@ from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundl
 from ray.data._internal.execution.operators import map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
+from ray.data.datasource import Datasource
 from ray.exceptions import RayError
-
-from .kafka_source import KafkaSource
 
 ROWS_IN_FLIGHT = 8  # between two steps: what keeps both busy over a turn of the executor
 EXECUTOR_TURN_S = 0.02  # shorter costs more CPU than it saves time
@@ -106,7 +105,7 @@ def _notice_dead_actors() -> None:
     pools._update_running_actor_state = update
 
 
-def build_dataset(source: KafkaSource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:
+def build_dataset(source: Datasource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:
     """Chain the steps behind the source.
 
     Args:

@@ -12,7 +12,8 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,6 +30,7 @@ from ..operators.rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, Resul
 from ..operators.sampling import GridSpec
 from ..operators.scenes import SceneSpec
 from . import kafka_source
+from .archive.source import LaneRows, Pace, open_source
 from .checkpoint import LaneStart
 from .endless_dataset import actor_step, build_dataset, lane_context
 from .kafka_source import KafkaSource, SourcePlan
@@ -41,9 +43,11 @@ from .settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
     from ..models.loading import LoadedModel
+    from .archive.feed import ArchivePlan
 
 logger = logging.getLogger(__name__)
 
+FILE_ROWS_AHEAD = 12  # ranges of files under way beyond what decodes: windows to be asked about together
 LATENCY_SAMPLES = 4096  # of the newest committed records, for percentiles
 # Logical CPUs of the parts of a lane, for Ray's scheduling: small, because a lane's parts wait for each other, and
 # because Ray would otherwise leave a part unscheduled on a small machine. With the source and two decoders they sum
@@ -64,6 +68,7 @@ class LanePlan:
     start: LaneStart  # from recovery: positions and states that belong together
     new_partitions: frozenset[tuple[str, int]] = frozenset()  # of `partitions`, those found while running
     suspects: tuple[Suspect, ...] = ()  # records that processes died of, or while at them
+    archive: ArchivePlan | None = None  # files to read instead of Kafka
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,9 @@ class LaneStatus:
     last_barrier_s: float  # age of the newest barrier
     idle_s: float  # since the newest row that was not a barrier
     newest: tuple[Result, ...] = ()  # results of the newest epochs, for a live view
+    finished: bool = False  # the source has ended, and everything is committed
+    n_bytes: int = 0  # of media
+    next_offsets: Mapping[tuple[str, int], int] = field(default_factory=dict)  # as committed
 
     def got_further_than(self, before: LaneStatus | None) -> bool:
         """Whether the lane has come further in this life, or has nothing left to stumble over.
@@ -122,8 +130,13 @@ def scenes_of(settings: Settings) -> SceneSpec:
     return SceneSpec(round(scenes.min_s * 1e9), round(scenes.max_s * 1e9), scenes.sensitivity)
 
 
-def lane_dataset(plan: LanePlan) -> Dataset:
-    """Return the whole lane up to the commit; reads the states that it starts from."""
+def lane_dataset(plan: LanePlan, n_taken: Callable[[], int]) -> Dataset:
+    """Return the whole lane up to the commit; reads the states that it starts from.
+
+    Args:
+        plan: The lane.
+        n_taken: Tells the source, which runs elsewhere, how many rows the lane has taken to its end.
+    """
     settings = plan.settings
     states = plan.start.load_snapshots()
 
@@ -133,15 +146,26 @@ def lane_dataset(plan: LanePlan) -> Dataset:
     lanes = settings.lanes
     marks = marks_folder(plan.start.root, plan.lane)
     grid = grid_of(settings)
-    source = SourcePlan(
-        kafka=settings.kafka,
-        partitions=plan.partitions,
-        next_offsets={(p.topic, p.partition): p.next_offset for p in plan.start.positions},
-        snapshots=snapshots_of(kafka_source.STEP_NAME),
-        barrier_interval_s=lanes.barrier_interval_s,
-        new_partitions=plan.new_partitions,
-        lag=tuple(settings.lag),
-    )
+    if plan.archive is not None:
+        source = open_source(
+            plan.archive,
+            plan.partitions,
+            plan.start.positions,
+            barrier_interval_s=lanes.barrier_interval_s,
+            pace=Pace(n_taken, max_ahead=lanes.decode_workers * 2 + FILE_ROWS_AHEAD),
+        )
+    else:
+        source = KafkaSource(
+            SourcePlan(
+                kafka=settings.kafka,
+                partitions=plan.partitions,
+                next_offsets={(p.topic, p.partition): p.next_offset for p in plan.start.positions},
+                snapshots=snapshots_of(kafka_source.STEP_NAME),
+                barrier_interval_s=lanes.barrier_interval_s,
+                new_partitions=plan.new_partitions,
+                lag=tuple(settings.lag),
+            )
+        )
     decode = {
         "fps": settings.sampling.fps,
         "frame_hw": plan.frame_hw,
@@ -169,7 +193,7 @@ def lane_dataset(plan: LanePlan) -> Dataset:
         "snapshots": snapshots_of(annotate_step.STEP_NAME),
     }
     return build_dataset(
-        KafkaSource(source),
+        source,
         {
             "decode": actor_step(Decode, decode, size=lanes.decode_workers, num_cpus=DECODE_CPUS),
             "encode": actor_step(Encode, encode, num_cpus=ENCODE_CPUS, num_gpus=settings.ray.encode_num_gpus),
@@ -233,6 +257,7 @@ class LaneCommitter:
         s = self._status
         self._status = replace(
             s,
+            n_bytes=s.n_bytes + encoded.meta.n_bytes,
             segments=s.segments + 1,
             frames=s.frames + encoded.n_frames,
             sampled=s.sampled + encoded.n_sampled,
@@ -249,8 +274,9 @@ class LaneCommitter:
             snapshots=barrier.snapshots,
         )
         if not report.skipped:
-            self._report_offsets({(p.topic, p.partition): p.next_offset for p in barrier.positions})
-            self._committed(report.epoch)
+            next_offsets = {(p.topic, p.partition): p.next_offset for p in barrier.positions}
+            self._report_offsets(next_offsets)
+            self._committed(report.epoch, next_offsets)
         lags = [p.lag for p in barrier.positions]
         self.last_barrier_s = time.monotonic()
         self._until_ns = min((p.until_ns for p in barrier.positions), default=barrier.made_ns)
@@ -259,13 +285,14 @@ class LaneCommitter:
             lag_records=-1 if any(lag < 0 for lag in lags) else sum(lags),
             duplicates=barrier.counters.get("duplicates", 0),
             skipped=barrier.counters.get("skipped", 0),
+            finished=barrier.final,
         )
         self._metrics.tell(barrier, self._lag_s())
 
     def _lag_s(self) -> float:
         return max(0.0, (time.time_ns() - self._until_ns) / 1e9) if self._until_ns else -1.0
 
-    def _committed(self, epoch: int) -> None:
+    def _committed(self, epoch: int, next_offsets: Mapping[tuple[str, int], int]) -> None:
         now_ns = time.time_ns()
         self._latencies_ms += [(now_ns - append_ns) / 1e6 for append_ns in self._append_ns]
         self._newest += self._results
@@ -274,6 +301,7 @@ class LaneCommitter:
             s,
             epoch=epoch,
             committed=s.committed + len(self._append_ns),
+            next_offsets=next_offsets,
             chunks=s.chunks + len(self._chunks),
             results=s.results + len(self._results),
             dead_letters=s.dead_letters + len(self._dead_letters),
@@ -308,20 +336,32 @@ class Lane:
         self._plan = plan
         self._stopping = False
         self._committer: LaneCommitter | None = None
+        self._n_taken = 0
 
     def run(self) -> LaneStatus:
-        """Run until `stop`; whatever goes wrong in any part of the lane raises here."""
-        from .offset_reporter import OffsetReporter
-
+        """Run until `stop`, or until the source ends; whatever goes wrong in any part of the lane raises here."""
         lane_context(DataContext.get_current())
-        with OffsetReporter(self._plan.settings.kafka) as report:
+        n_taken = LaneRows(ray.get_runtime_context().current_actor)
+        with self._offset_reporter() as report:
             self._committer = LaneCommitter(self._plan, report)
-            for row in iter_rows(lane_dataset(self._plan)):
+            for row in iter_rows(lane_dataset(self._plan, n_taken)):
                 barrier = self._committer.take(row)
+                self._n_taken += 1
                 # At a barrier everything taken is committed; leaving the loop ends the read task and the actors.
-                if barrier is not None and self._stopping:
+                if barrier is not None and (self._stopping or barrier.final):
                     break
         return self._committer.status()
+
+    def _offset_reporter(self) -> AbstractContextManager[Callable[[Mapping[tuple[str, int], int]], None]]:
+        from .offset_reporter import OffsetReporter
+
+        if self._plan.archive is not None:
+            return nullcontext(lambda next_offsets: None)
+        return OffsetReporter(self._plan.settings.kafka)
+
+    def n_taken(self) -> int:
+        """Return how many rows have come through the whole lane."""
+        return self._n_taken
 
     def stop(self) -> None:
         """Ask `run` to return after the next commit."""

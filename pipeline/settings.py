@@ -7,6 +7,7 @@ is used, and shown as ``***``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from ipaddress import ip_address
 from pathlib import Path
@@ -336,12 +337,17 @@ class Settings(_Section):
         return self
 
 
-def load_settings(path: Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+def load_settings(
+    path: Path | None,
+    overrides: list[str] | tuple[str, ...] = (),
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Settings:
     """Read settings from a YAML file and `a.b=c` overrides, later ones winning.
 
     Args:
         path: YAML file; None for the defaults.
         overrides: Each ``section.key=value``, the value in YAML (``lanes.count=2``, ``kafka.topics=[a,b]``).
+        defaults: By section and key, for what neither of them says.
 
     Raises:
         SettingsError: What is wrong, where, and what was expected: one line for each mistake.
@@ -350,6 +356,10 @@ def load_settings(path: Path | None, overrides: list[str] | tuple[str, ...] = ()
     data = _read_yaml(path) if path else {}
     for override in overrides:
         _apply_override(data, override)
+    for section, values in (defaults or {}).items():
+        said = data.get(section) or {}
+        if isinstance(said, dict):
+            data[section] = {**values, **said}
     try:
         return Settings.model_validate(data)
     except ValidationError as e:

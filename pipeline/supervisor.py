@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from .stop_signals import keep_signal_handlers
 
 if TYPE_CHECKING:
     from ..operators.in_hand import Suspect
+    from .archive.feed import ArchiveFeed
     from .lane import LanePlan, LaneStatus
     from .poison import SuspectList
     from .video_llm import ModelDescription
@@ -53,6 +54,7 @@ class LaneSlot:
     retry_at_s: float = 0.0
     status: LaneStatus | None = None
     last_error: str = ""
+    finished: bool = False  # its source has ended: nothing is left to do
     renewing: bool = False  # it was told to stop at its next commit, and starts again from there
     to_recover: bool = False  # its plan is that of a life that is over
     blamed: str | None = None  # for its last failure: see `SuspectList.take_marks`
@@ -84,6 +86,8 @@ class RunStatus:
     model_name: str = ""
     model_trained: bool = True
     newest: tuple[Any, ...] = ()
+    n_bytes: int = 0  # of media
+    next_offsets: Mapping[tuple[str, int], int] = field(default_factory=dict)  # as committed
 
 
 class Supervisor:
@@ -92,10 +96,17 @@ class Supervisor:
     Args:
         settings: What to run.
         on_phase: Told what it is doing, in a sentence, as it starts and stops.
+        archive: Files to read instead of Kafka; it is then over when they are.
     """
 
-    def __init__(self, settings: Settings, on_phase: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        on_phase: Callable[[str], None] | None = None,
+        archive: ArchiveFeed | None = None,
+    ):
         self._settings = settings
+        self._archive = archive
         self._tell = on_phase or (lambda text: logger.info("%s", text))
         self._stop = threading.Event()
         self._slots: list[LaneSlot] = []
@@ -147,7 +158,8 @@ class Supervisor:
         self._plan()
         self._tell(f"starting {len(self._slots)} lane(s)")
         ready = False
-        watch = PartitionWatch(self._settings.kafka, (p for slot in self._slots for p in slot.plan.partitions))
+        known = (p for slot in self._slots for p in slot.plan.partitions)
+        watch = self._archive.watch() if self._archive else PartitionWatch(self._settings.kafka, known)
         try:
             watch.start()
             while not self._stop.is_set():
@@ -158,6 +170,8 @@ class Supervisor:
                     ready, self._phase = True, "running"
                     on_ready()
                 on_status(status)
+                if all(slot.finished for slot in self._slots):
+                    break
                 if until_idle_s is not None and ready and status.idle_s >= until_idle_s and status.lag_records == 0:
                     break
                 self._stop.wait(POLL_S)
@@ -184,18 +198,21 @@ class Supervisor:
         from .recovery import recover
         from .serving import describe_model
 
-        settings = self._settings
-        partitions = list_partitions(settings.kafka)
+        settings, archive = self._settings, self._archive
+        partitions = archive.partitions(settings.lanes.count) if archive else list_partitions(settings.kafka)
         count = min(settings.lanes.count, len(partitions))
         if count < settings.lanes.count:
             self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
         model = self._model = describe_model()
-        identity = run_identity(settings, model)
+        identity = {**run_identity(settings, model), **(archive.identity if archive else {})}
         recovery = recover(settings.output.path, lanes=count, identity=identity)
         for warning in recovery.warnings:
             self._tell(f"checkpoint: {warning}")
         if recovery.partitions:
             self._tell(f"going on from the checkpoint: {len(recovery.partitions)} partition(s)")
+        if archive:
+            archive.recovered()
+        elif recovery.partitions:
             check_offsets_exist(settings.kafka, recovery.next_offsets)
         self._suspects = SuspectList(settings.output.path)
         for lane in list_lanes(recovery.root):
@@ -213,6 +230,7 @@ class Supervisor:
                         partitions=mine,
                         start=recovery.for_lane(lane, mine),
                         suspects=self._suspects.of(mine),
+                        archive=archive.plan if archive else None,
                     )
                 )
             )
@@ -241,6 +259,8 @@ class Supervisor:
         import ray
 
         for slot in self._slots:
+            if slot.finished:
+                continue
             if slot.actor is None and time.monotonic() >= slot.retry_at_s:
                 self._start_lane(slot)
             elif slot.actor is not None:
@@ -298,6 +318,10 @@ class Supervisor:
             status: LaneStatus = ray.get(slot.run_ref)
         except RayError as e:
             self._fail(slot, root_cause(e), blamed=step_of(e))
+            return
+        if status.finished:
+            slot.finished, slot.status = True, status
+            self._take_down(slot)
             return
         if not slot.renewing:
             self._fail(slot, "it ended by itself")
@@ -437,6 +461,8 @@ class Supervisor:
             model_name=self._model.name if self._model else "",
             model_trained=self._model.trained if self._model else False,
             newest=tuple(r for s in now for r in s.newest),
+            n_bytes=total("n_bytes"),
+            next_offsets={p: offset for s in reversed(ever) for p, offset in s.next_offsets.items()},
         )
 
 

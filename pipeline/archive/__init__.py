@@ -1,0 +1,1 @@
+"""Archives: the same lane, fed by files instead of Kafka."""
