@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -75,7 +75,7 @@ class ArchiveFeed:
                 f"{', '.join(self.options.sources)} holds no videos (files named .mp4, .mkv, .mov…); "
                 "for others, give a glob such as 'folder/*.bin'."
             )
-        if self.options.watch_s or any(True for _ in self._new_items(found, items, [0])):
+        if self.options.watch_s or self._drafts(found, items):
             return True
         offsets = committed_offsets(self.root)
         return not all(is_done(item, offsets) for item in items) or bool(self._to_retry(items))
@@ -114,16 +114,15 @@ class ArchiveFeed:
         return [item for item in newest.values() if item in failed and is_done(item, offsets)]
 
     def _add(self, found: Sequence[FoundVideo], items: Sequence[WorkItem], count: int) -> None:
-        new = list(self._new_items(found, items, [0] * count))
+        new = _placed(items, self._drafts(found, items), count)
         self._list.append(new)
         if new:
             changed = sum(item.version > 1 for item in new)
             more = f", {changed} of them changed" if changed else ""
             self._tell(f"{len(new):,} new video(s){more}; {len(items):,} known before")
 
-    def _new_items(
-        self, found: Sequence[FoundVideo], items: Sequence[WorkItem], loads: Sequence[int]
-    ) -> Iterator[WorkItem]:
+    def _drafts(self, found: Sequence[FoundVideo], items: Sequence[WorkItem]) -> list[_Draft]:
+        """Return what is to be added to the list: what is new, and what has changed."""
         newest = newest_versions(items)
         hashes = {item.sha256 for item in items if item.sha256}
         names = {item.stream_id for item in items}
@@ -140,7 +139,7 @@ class ArchiveFeed:
             stream_id = _stream_id(video, before, names)
             names.add(stream_id)
             drafts.append(_Draft(video, stream_id, before.version + 1 if before else 1, start_ns, sha256))
-        return iter(_placed(items, drafts, len(loads)))
+        return drafts
 
     def _hash_of(self, video: FoundVideo) -> str:
         if not self.options.by_hash or video.n_bytes < 0:

@@ -1,0 +1,309 @@
+"""Archives as far as they need no Ray: what is found, the work list, and files in ranges."""
+
+import json
+import os
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from archive_clips import OPEN_GOPS, write_clip, write_sound
+
+from stormline.operators.decode import Decode, decode_file
+from stormline.operators.errors import CheckpointError, SettingsError
+from stormline.operators.rows import Barrier, Segment
+from stormline.operators.sampling import GridSpec, SamplerState, step_sampler
+from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions, ArchivePlan
+from stormline.pipeline.archive.find_videos import find_videos
+from stormline.pipeline.archive.source import ArchiveReader, ArchiveSourcePlan, Pace, segments_of
+from stormline.pipeline.archive.work_list import RANGES_PER_VIDEO, WorkItem, WorkList, is_done
+from stormline.pipeline.commands.archive import archive_queries
+from stormline.pipeline.settings import load_settings
+
+GRID = GridSpec(Fraction(4))
+HW = (48, 48)
+DECODE = Decode(fps=4, frame_hw=HW)
+
+
+def item_of(path, **fields):
+    stat = path.stat()
+    return WorkItem(**{
+        "partition": 0, "number": 0, "uri": str(path), "stream_id": path.name, "session": "v1", "version": 1,
+        "n_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "start_ns": 0, **fields,
+    })  # fmt: skip
+
+
+def through_a_lane(segment):
+    return DECODE.decode(Segment.from_row(segment.to_row(0)))
+
+
+def sampled(parts):
+    state, frames, indices = SamplerState("v1"), [], []
+    for part in parts:
+        taken = step_sampler(state, part, GRID)
+        state = taken.state
+        frames.append(taken.frames)
+        indices += taken.grid_indices.tolist()
+    return indices, np.concatenate(frames).tobytes()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return {
+        "closed": write_clip(folder / "a b ü 漢.mp4", 12),
+        "open": write_clip(folder / "open.mkv", 12, seed=2, **OPEN_GOPS),
+        "vfr": write_clip(folder / "vfr.mkv", 12, seed=3, vfr=True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["closed", "open", "vfr"])
+def test_ranges_when_a_file_is_cut_then_together_they_give_each_frame_once(clips, kind):
+    path = clips[kind]
+    segments = list(segments_of(item_of(path), range_s=2.0))
+
+    parts = [through_a_lane(segment) for segment in segments]
+
+    whole = decode_file(path, segments[0].meta, grid=GRID, frame_hw=HW)
+    assert len(segments) >= 5
+    assert [s.meta.end for s in segments] == [False] * (len(segments) - 1) + [True]
+    assert sum(part.n_frames for part in parts) == whole.n_frames == 96
+    assert sampled(parts) == sampled([whole])
+    assert [letter for part in parts for letter in part.dead_letters] == []
+    assert any(s.file.keep_from_pts is not None for s in segments) == (kind == "open")
+
+
+def test_ranges_when_going_on_in_the_midst_then_the_same_as_from_the_start(clips):
+    whole = list(segments_of(item_of(clips["closed"]), range_s=2.0))
+
+    rest = list(segments_of(item_of(clips["closed"]), range_s=2.0, skip=3))
+
+    assert [(s.meta.seq, s.file) for s in rest] == [(s.meta.seq, s.file) for s in whole[3:]]
+
+
+def test_file_when_read_from_an_address_then_as_from_the_disk(clips):
+    path = clips["open"]
+    (found,) = find_videos([f"file://{path}"])
+    here, there = (
+        sampled([through_a_lane(s) for s in segments_of(item_of(path, uri=uri), 2.0)]) for uri in (str(path), found.uri)
+    )
+
+    assert found.uri.startswith("file:///")
+    assert here == there
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_text("hello " * 100), "not_media"),
+        (write_sound, "no_video"),
+        (lambda path: None, "unreadable"),
+    ],
+)
+def test_video_when_it_cannot_be_read_then_one_empty_last_segment_says_why(make, reason, tmp_path):
+    path = tmp_path / "x.mp4"
+    path.touch()
+    item = item_of(path)
+    path.unlink()
+    make(path)
+    item = item_of(path) if path.exists() else item
+
+    (segment,) = segments_of(item, 2.0)
+    decoded = through_a_lane(segment)
+
+    assert (segment.meta.end, decoded.failed) == (True, True)
+    assert [letter.reason for letter in segment.dead_letters] == [reason]
+    assert decoded.dead_letters == ()
+
+
+def test_video_when_it_changed_after_it_was_found_then_it_is_not_taken_for_the_other(clips, tmp_path):
+    path = write_clip(tmp_path / "x.mp4", 1)
+    item = item_of(path)
+    write_clip(path, 2)
+
+    (segment,) = segments_of(item, 2.0)
+
+    assert [letter.reason for letter in segment.dead_letters] == ["changed"]
+
+
+def test_video_when_it_breaks_off_then_what_came_before_is_kept_and_the_end_told(clips, tmp_path):
+    path = tmp_path / "cut.mp4"
+    data = clips["closed"].read_bytes()
+    path.write_bytes(data)
+    with path.open("r+b") as file:  # what its index names is not there
+        moov = data.rindex(b"moov") - 4
+        assert moov > len(data) // 2
+        file.seek(moov // 2)
+        file.write(bytes(moov // 2 - 8))
+
+    parts = [through_a_lane(segment) for segment in segments_of(item_of(path), 2.0)]
+
+    assert not parts[0].failed
+    assert any(letter.reason != "damaged" for part in parts for letter in part.dead_letters) or any(
+        part.dead_letters for part in parts
+    )
+
+
+def read_all(root, next_offsets=None, partitions=(0,)):
+    taken = iter(range(10**6))
+    plan = ArchiveSourcePlan(
+        ArchivePlan(root, 2.0, follow=False), partitions, next_offsets or {}, 1e9, Pace(lambda: next(taken), 1)
+    )
+    return list(ArchiveReader(plan).items())
+
+
+def feed_of(root, *sources, lanes=1, **options):
+    told = []
+    feed = ArchiveFeed(root, ArchiveOptions([str(s) for s in sources], **options), told.append)
+    return feed, feed.partitions(lanes)
+
+
+def test_reader_when_started_from_each_barrier_then_yields_exactly_the_rest(clips, tmp_path):
+    feed_of(tmp_path / "out", clips["closed"].parent)
+    whole = read_all(tmp_path / "out")
+    segments = whole[1:-1]
+
+    assert (whole[0].KIND, whole[-1].final, whole[-1].positions[0].lag) == (Barrier.KIND, True, 0)
+    assert whole[-1].positions[0].next_offset == 3 * RANGES_PER_VIDEO
+    for i, segment in enumerate(segments):
+        after = segment.meta.offset + 1 if not segment.meta.end else (segment.meta.offset // 10**6 + 1) * 10**6
+        rest = read_all(tmp_path / "out", {0: after})[1:-1]
+        assert [s.meta.offset for s in rest] == [s.meta.offset for s in segments[i + 1 :]]
+
+
+def test_feed_when_run_again_then_only_new_and_changed_videos_are_added(tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("b.mp4", "deep/a.mp4", "note.txt", ".hidden.mp4"):
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).write_text(name)
+
+    feed_of(out, videos)
+    feed_of(out, videos)
+    (videos / "b.mp4").write_text("another")
+    (videos / "c d.mp4").write_text("new")
+    feed_of(out, videos)
+
+    items = WorkList(out).read()
+    assert [(i.stream_id, i.session, i.number) for i in items] == [
+        ("b.mp4", "v1", 0),
+        ("deep/a.mp4", "v1", 1),
+        ("b.mp4@2", "v2", 2),
+        ("c d.mp4", "v1", 3),
+    ]
+
+
+def test_feed_when_by_hash_then_a_copy_and_a_new_date_are_no_new_videos(tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").write_text("same")
+    feed_of(out, videos, by_hash=True)
+    (videos / "b.mp4").write_text("same")
+    os.utime(videos / "a.mp4", ns=(1, 1))
+
+    feed_of(out, videos, by_hash=True)
+
+    assert [i.stream_id for i in WorkList(out).read()] == ["a.mp4"]
+
+
+def test_feed_when_two_folders_have_the_same_name_in_them_then_streams_have_their_own(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.mp4").write_text(folder)
+
+    feed, partitions = feed_of(tmp_path / "out", tmp_path / "one", tmp_path / "two", lanes=2)
+
+    items = WorkList(tmp_path / "out").read()
+    assert sorted(i.stream_id for i in items) == ["a.mp4", "two/a.mp4"]
+    assert partitions == [("archive", 0), ("archive", 1)]
+    assert {i.partition for i in items} == {0, 1}
+    assert feed.has_work()
+
+
+def test_feed_when_more_lanes_then_earlier_places_stay(tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").write_text("a")
+    feed_of(out, videos)
+    (videos / "b.mp4").write_text("b")
+
+    _, partitions = feed_of(out, videos, lanes=3)
+
+    assert len(partitions) == 3
+    first = WorkList(out).read()[0]
+    assert (first.stream_id, first.partition, first.number) == ("a.mp4", 0, 0)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_sources_when_a_list_then_its_paths_also_those_that_are_not_there(suffix, tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a, b.mp4").write_text("x")
+    names = ["v/a, b.mp4", "gone.mp4"]
+    listed = tmp_path / f"list{suffix}"
+    if suffix == ".csv":
+        listed.write_text('n,path\n1,"v/a, b.mp4"\n2,gone.mp4\n')
+    else:
+        pq.write_table(pa.table({"path": names}), listed)
+
+    found = find_videos([str(listed)])
+
+    assert [(v.name, v.n_bytes) for v in found] == [("v/a, b.mp4", 1), ("gone.mp4", -1)]
+
+
+def test_sources_when_nothing_is_there_then_refused_with_what_was_expected(tmp_path):
+    with pytest.raises(SettingsError, match="is no file, folder, glob"):
+        find_videos([str(tmp_path / "nothing" / "*.mp4")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingsError, match="holds no videos"):
+        ArchiveFeed(tmp_path / "out", ArchiveOptions([str(tmp_path / "empty")]), print).has_work()
+
+
+def test_names_when_no_text_then_escaped(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.mp4", "wb") as file:
+        file.write(b"x")
+
+    feed_of(tmp_path / "out", tmp_path)
+
+    (item,) = WorkList(tmp_path / "out").read()
+    assert item.stream_id == r"caf\xe9.mp4"
+    assert os.path.exists(item.uri)
+    (segment,) = segments_of(item, 2.0)
+    assert segment.dead_letters[0].detail.encode()
+
+
+def test_work_list_when_a_crash_cut_its_last_line_then_that_never_was(tmp_path):
+    items = [WorkItem(0, n, f"/v/{n}.mp4", f"{n}.mp4", "v1", 1, 5, 0, 0) for n in range(3)]
+    work = WorkList(tmp_path)
+    work.append(items[:2])
+    with work.path.open("ab") as file:
+        file.write(b'{"partition": 0, "numb')
+
+    assert work.read() == items[:2]
+    work.append(items[2:])
+    assert work.read() == items
+    assert [is_done(item, {0: items[1].next_offset}) for item in items] == [True, True, False]
+
+
+def test_work_list_when_damaged_then_refused(tmp_path):
+    work = WorkList(tmp_path)
+    work.path.parent.mkdir()
+    work.path.write_text(json.dumps({"partition": 0}) + "\n")
+
+    with pytest.raises(CheckpointError, match="is damaged"):
+        work.read()
+
+
+def test_queries_when_questions_are_asked_then_each_has_a_name_and_its_window():
+    settings = load_settings(None)
+
+    queries = archive_queries(settings, [("Is it red?", 30.0), ("Is it red?", 86_400.0), ("Why?", None)], 30.0, True)
+
+    assert [(q.id, q.prompt, q.window_s, q.scenes) for q in queries] == [
+        ("caption", "Describe what happens.", 30.0, False),
+        ("is-it-red", "Is it red?", 30.0, False),
+        ("is-it-red-2", "Is it red?", 86_400.0, False),
+        ("why", "Why?", None, True),
+    ]
+    mine = load_settings(None, ["queries=[{id: mine, window_s: 5}]"])
+    assert [q.id for q in archive_queries(mine, [], 30.0, True)] == ["mine"]
