@@ -88,9 +88,9 @@ def archive(
 
     [bold]Afterwards[/]
 
-      stormline serve --set output.path=night          # then: stormline ask holiday/beach.mp4 "What happened?"
+      stormline serve night          # then: stormline ask holiday/beach.mp4 "What happened?"
 
-      duckdb -c "from 'night/results/**/*.parquet' select stream_id, start_time, answer"
+      stormline results night
 
       duckdb -c "from 'night/archive/videos.parquet' where state = 'failed'"
 
