@@ -27,6 +27,7 @@ SCENES, VIDEO = "scenes", "video"
 WHOLE_VIDEO_S = 86_400.0  # the longest window that there is
 MAX_DECODERS = 8
 STALL_S = 900.0  # a lane may scan a long file for its first place to cut
+DECODE_LIMIT_S = 600.0  # a file that cannot be cut is one record
 
 
 def archive(
@@ -136,7 +137,11 @@ def _settings(path: Path | None, overrides: Sequence[str], out: Path | None, tok
     if tokens is not None:
         wanted.append(f"output.keep_tokens={str(tokens).lower()}")
     defaults: dict[str, dict[str, Any]] = {
-        "lanes": {"decode_workers": min(MAX_DECODERS, max(2, os.cpu_count() or 2)), "stall_s": STALL_S},
+        "lanes": {
+            "decode_workers": min(MAX_DECODERS, max(2, os.cpu_count() or 2)),
+            "stall_s": STALL_S,
+            "decode_limit_s": DECODE_LIMIT_S,
+        },
     }
     settings = load_settings(path, wanted, defaults)
     if out is not None:
