@@ -490,7 +490,10 @@ class Decode:
                 with_picture=self.pace.due(meta.stream_id),
             )
         except OSError as error:
-            raise MediaError("unreadable", f"cannot read {file.uri}: {error.strerror or error}") from error
+            name = file.uri.encode(
+                "utf-8", "backslashreplace"
+            ).decode()  # a table holds text; a file's name may be none
+            raise MediaError("unreadable", f"cannot read {name}: {error.strerror or error}") from error
 
 
 def with_dead_letters(decoded: DecodedSegment, earlier: tuple[DeadLetter, ...]) -> DecodedSegment:

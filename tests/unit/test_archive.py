@@ -272,6 +272,20 @@ def test_names_when_no_text_then_escaped(tmp_path):
     assert segment.dead_letters[0].detail.encode()
 
 
+def test_file_when_gone_before_it_is_decoded_then_unreadable_also_where_its_name_is_no_text(tmp_path):
+    path = write_clip(tmp_path / os.fsdecode(b"caf\xe9.mp4"), 1)
+    (segment,) = segments_of(item_of(path, stream_id="cafe"), 2.0)
+    path.unlink()
+
+    decoded = through_a_lane(segment)
+
+    assert decoded.failed
+    (letter,) = decoded.dead_letters
+    assert (letter.reason, letter.detail) == (
+        "unreadable", rf"cannot read {tmp_path}/caf\udce9.mp4: No such file or directory"
+    )  # fmt: skip
+
+
 def test_work_list_when_a_crash_cut_its_last_line_then_that_never_was(tmp_path):
     items = [WorkItem(0, n, f"/v/{n}.mp4", f"{n}.mp4", "v1", 1, 5, 0, 0) for n in range(3)]
     work = WorkList(tmp_path)
