@@ -291,6 +291,7 @@ function followUp(messages) {
   button.type = "button";
   button.addEventListener("click", () => {
     converse(messages);
+    $("question").value = "";
     $("question").focus();
   });
   return button;
