@@ -25,7 +25,9 @@ import numpy as np
 import openai
 import ray
 
-from stormline.models.loading import DEFAULT_FOLDER
+from stormline.models.loading import load_model
+from stormline.models.training.evaluate import stream_clip
+from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.rows import Chunk, Position
 from stormline.pipeline.front.address import base_url
 from stormline.pipeline.front.stream_urls import make_stream_url
@@ -36,7 +38,7 @@ from stormline.pipeline.supervisor import embedded_ray
 
 RESULT = Path(__file__).parent / "results" / "ask.json"
 BEGIN_NS = 1_790_000_000 * 10**9
-CHUNK_NS, CHUNK_TOKENS = 2 * 10**9, 16
+CHUNK_NS = 2 * 10**9
 CHUNKS = {"ten hours": 18_000, "one minute": 30}
 CHUNKS_PER_COMMIT = 150  # five minutes in a file
 BUDGET_TOKENS = 256
@@ -44,18 +46,19 @@ WORDS = 24
 QUESTION = "Describe what happens."
 
 
-def write_streams(out: Path, d_model: int) -> None:
-    """Commit both streams' tokens."""
+def write_streams(out: Path) -> None:
+    """Commit both streams' tokens: a generated minute as the model encodes it, over and over."""
     identity = {"model": "any"}
     start = recover(out, lanes=1, identity=identity).for_lane(0, (("video", 0),))
     writer = EpochWriter(start, model="shapes-tiny", identity=identity)
-    rng = np.random.default_rng(0)
+    frames = ShapesWorld(ShapesSpec(seed=5, size_px=64)).render_many(np.arange(4 * CHUNKS["one minute"]) / 2)
+    seen = [chunk.tokens for chunk in stream_clip(load_model(None, device="cpu"), frames)]
     offset = 0
     for stream, n_chunks in CHUNKS.items():
         for first in range(0, n_chunks, CHUNKS_PER_COMMIT):
             chunks = []
             for index in range(first, min(first + CHUNKS_PER_COMMIT, n_chunks)):
-                tokens = rng.normal(size=(CHUNK_TOKENS, d_model)).astype(np.float16)
+                tokens = seen[index % len(seen)]
                 begin_ns = BEGIN_NS + index * CHUNK_NS
                 place = ("video", 0, offset, 0)
                 chunks.append(
@@ -133,9 +136,7 @@ def main() -> None:
             from stormline.pipeline.serving import services
 
             with services(settings):
-                write_streams(
-                    Path(folder), json.loads((DEFAULT_FOLDER / "config.json").read_text())["temporal"]["d_model"]
-                )
+                write_streams(Path(folder))
                 ask = Questioner(settings)
                 times: dict[str, list[float]] = {stream: [] for stream in CHUNKS}
                 for turn in range(options.rounds + 2):
