@@ -141,6 +141,10 @@ def test_reader_when_it_reads_in_a_loop_while_files_are_compacted_then_it_sees_e
     assert sorted(read(tmp_path)) == list(range(writer.n))
 
 
+def any_compacted(root):
+    return any(is_compacted(path.name) for path in (root / "results").rglob("*.parquet"))
+
+
 def test_compaction_when_killed_at_any_moment_then_followers_and_tables_have_each_row_once(tmp_path):
     filled = Writer(tmp_path)
     for _ in range(EPOCHS_BEFORE):
@@ -153,7 +157,8 @@ def test_compaction_when_killed_at_any_moment_then_followers_and_tables_have_eac
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             assert process.stdout.readline() == "ready\n"
             until_s = time.monotonic() + 0.3 + 0.17 * k  # so that it is killed at different moments
-            while time.monotonic() < until_s:
+            # The last one lives until something is compacted, however long that takes on a busy machine.
+            while time.monotonic() < until_s or (k == 3 and not any_compacted(tmp_path)):
                 followed += [int(event.values["answer"]) for event in tail.poll()]
                 tokens.refresh()
                 index = tokens.index("cam", 0, 2 * NOON_NS)
@@ -168,7 +173,6 @@ def test_compaction_when_killed_at_any_moment_then_followers_and_tables_have_eac
     assert followed == list(range(writer.n))
     recover(tmp_path, lanes=1, identity={})
     assert sorted(with_duckdb(tmp_path)) == list(range(writer.n))
-    assert any(is_compacted(path.name) for path in (tmp_path / "results").rglob("*.parquet"))
     Compaction(tmp_path, SPEC).run()
     assert list((tmp_path / "compactions").glob("*/")) == []
     assert sorted(with_pyarrow(tmp_path)) == list(range(writer.n))
