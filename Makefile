@@ -1,7 +1,7 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-integration test-gpu chaos fuzz lint format build clean
+.PHONY: help venv demo test test-unit test-integration test-slow test-gpu chaos fuzz lint format build clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,7 +36,11 @@ test-unit: venv  ## fast tests: no Ray, no sockets
 # One process: the tests share one broker and one Ray cluster.
 test-integration: venv  ## tests with a real broker and a local Ray
 	@echo "== integration tests"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integration -q --durations=5
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integration -q -m "not slow" --durations=12
+
+test-slow: venv  ## what takes a minute or more and has a quicker test near it
+	@echo "== slow tests"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/integration -q -m slow --durations=12
 
 test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 	@echo "== GPU tests"

@@ -157,6 +157,7 @@ def wait_until(done):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_archive_when_run_again_then_only_what_is_new_changed_or_to_be_retried_is_done(services, tmp_path):
     videos, out = tmp_path / "videos", tmp_path / "out"
     write_clip(videos / "one.mp4", 3)
@@ -179,6 +180,7 @@ def test_archive_when_run_again_then_only_what_is_new_changed_or_to_be_retried_i
     assert ends == {"one.mp4": 3.0, "two.mp4": 3.0, "one.mp4@2": 4.0}
 
 
+@pytest.mark.slow
 def test_archive_when_watching_then_new_videos_are_taken_up_until_it_is_stopped(services, tmp_path):
     videos, out = tmp_path / "videos", tmp_path / "out"
     write_clip(videos / "one.mp4", 3)

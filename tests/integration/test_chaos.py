@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from chaos.campaign import Campaign
 
-KINDS = ("encoder", "commit step 3 kill", "connections cut", "supervisor")
+KINDS = ("encoder", "commit step 3 kill", "connections cut")
 
 
-@pytest.mark.timeout(900)  # for a busy machine, where each start of Ray takes minutes; a quiet one needs two in all
-def test_run_when_its_parts_die_then_the_tables_are_those_of_a_run_in_which_nothing_died():
-    report = Campaign(seed=4, n_faults=len(KINDS), kinds=KINDS, lanes=[1], serve=False).run()
+@pytest.mark.timeout(900)  # for a busy machine, where each start of Ray takes minutes; a quiet one needs one in all
+@pytest.mark.parametrize("kinds", [KINDS, pytest.param((*KINDS, "supervisor"), marks=pytest.mark.slow)])
+def test_run_when_its_parts_die_then_the_tables_are_those_of_a_run_in_which_nothing_died(kinds):
+    report = Campaign(seed=4, n_faults=len(kinds), kinds=kinds, lanes=[1], serve=False).run()
 
-    assert sorted(outcome.kind for outcome in report.outcomes) == sorted(KINDS)
-    assert report.starts >= 2, "the supervisor was not killed"
+    assert sorted(outcome.kind for outcome in report.outcomes) == sorted(kinds)
+    assert report.starts >= 1 + ("supervisor" in kinds)
     assert min(report.rows.values()) > 0, "a table has no rows to compare"
     assert (report.differences, report.leftovers) == ([], [])

@@ -268,7 +268,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=() if i % 2 else pytest.mark.slow) for i, fault in enumerate(FAULTS)]
+)
 def test_protocol_when_broken_then_the_comparison_finds_it(fault, run, undisturbed, tmp_path, monkeypatch):
     FAULTS[fault](monkeypatch)
     refused = False
