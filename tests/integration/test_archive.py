@@ -115,6 +115,7 @@ def test_archive_when_published_instead_then_tokens_are_the_same_bit_for_bit(qui
     assert bits(tmp_path) == bits(quiet)
 
 
+@pytest.mark.slow
 def test_archive_when_killed_in_the_midst_and_run_again_then_as_one_quiet_run(
     quiet, videos, services, ray_session, tmp_path
 ):

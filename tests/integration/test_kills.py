@@ -101,6 +101,7 @@ def wait_for(condition, limit_s, what):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_service_when_each_part_is_killed_under_load_then_whole_again_and_the_lane_goes_on(
     broker, services, make_settings
 ):
