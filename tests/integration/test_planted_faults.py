@@ -157,7 +157,7 @@ def live(plan, segments, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lane_module, "EpochWriter", Dying)
         committer = LaneCommitter(plan, lambda offsets: None)
-        rows = iter_rows(lane_dataset(plan))
+        rows = iter_rows(lane_dataset(plan, n_taken=int))  # only files ask how far the lane is
         try:
             for row in itertools.islice(rows, MAX_ROWS):
                 barrier = committer.take(row)
@@ -268,9 +268,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=() if i % 2 else pytest.mark.slow) for i, fault in enumerate(FAULTS)]
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_protocol_when_broken_then_the_comparison_finds_it(fault, run, undisturbed, tmp_path, monkeypatch):
     FAULTS[fault](monkeypatch)
     refused = False
