@@ -313,6 +313,7 @@ class _MergedFile:
         self._draft = folder / "merged.draft"
         self._writer = pq.ParquetWriter(self._draft, schema, **parquet_options(schema))
         self._waiting: list[pa.Table] = []
+        self._rows_waiting = self._bytes_waiting = 0  # of what waits
         self._parts: list[Part] = []
         self._written_ns = 0
 
@@ -330,8 +331,11 @@ class _MergedFile:
             if not self._fits(source.schema_arrow):
                 raise _ChangedError(f"{file.path} has other columns than this version writes; left as it is")
             for i in range(source.num_row_groups):
-                self._waiting.append(source.read_row_group(i).cast(self._schema))
-                if self._is_full():
+                rows = source.read_row_group(i).cast(self._schema)
+                self._waiting.append(rows)
+                self._rows_waiting += rows.num_rows
+                self._bytes_waiting += rows.nbytes
+                if self._rows_waiting >= ROW_GROUP_ROWS or self._bytes_waiting >= ROW_GROUP_BYTES:
                     self._flush()
             n_rows = source.metadata.num_rows
         self._parts += file.parts or (Part(file.lane, file.epoch, n_rows),)
@@ -341,14 +345,10 @@ class _MergedFile:
         versions = {(each.metadata or {}).get(VERSION_KEY) for each in (schema, self._schema)}
         return len(versions) == 1 and schema.equals(self._schema, check_metadata=False)
 
-    def _is_full(self) -> bool:
-        n_rows = sum(table.num_rows for table in self._waiting)
-        return n_rows >= ROW_GROUP_ROWS or sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES
-
     def _flush(self) -> None:
         if self._waiting:
             self._writer.write_table(pa.concat_tables(self._waiting), row_group_size=ROW_GROUP_ROWS)
-            self._waiting = []
+            self._waiting, self._rows_waiting, self._bytes_waiting = [], 0, 0
 
     def close(self) -> Path:
         """Finish it, on the disk, as old as the newest of its rows; return its final name."""
