@@ -540,6 +540,33 @@ def of_clone(rows, name):
 CAPTIONS = "queries=[{id: caption, window_s: 4, max_new_tokens: 8}]"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three starts, the first of twenty processes
+def test_run_when_four_lanes_become_one_become_three_then_as_one_undisturbed_run(
+    whole_run, broker, services, records, make_settings
+):
+    def all_up(status):
+        return status.lanes_up == status.lanes
+
+    names = [f"cam-{k}" for k in range(4)]
+    create_topic(broker, "rescaled", partitions=4)
+    lanes = []
+
+    for count, seqs in ((4, range(5)), (1, range(5, 9)), (3, range(9, 99))):
+        send_clones(broker, "rescaled", clones(records, names, seqs))
+        settings = make_settings("rescaled", "out", CAPTIONS, f"lanes.count={count}", "lanes.decode_workers=1")
+        lanes.append(run_until_idle(settings, idle_s=1.0, done=all_up, limit_s=240).lanes)
+
+    assert lanes == [4, 1, 3]
+    tokens, results = table(settings, "tokens"), table(settings, "results")
+    expected_tokens = of_clone(table(whole_run, "tokens"), "shapes")
+    expected_captions = of_clone([r for r in table(whole_run, "results") if r["query_id"] == "caption"], "shapes")
+    for name in names:
+        assert of_clone(tokens, name) == expected_tokens, f"the state of {name} did not move with it"
+        assert of_clone(results, name) == expected_captions
+    assert table(settings, "dead_letters") == []
+
+
 def test_lane_when_a_backlog_is_too_old_then_it_is_skipped_told_and_gone_on_after_and_other_streams_wait(
     whole_run, broker, services, records, make_settings
 ):
