@@ -1,6 +1,7 @@
 """What a lane's checkpoint is on disk: a manifest and the state files that it names.
 
     checkpoints/lane-000/owner                                    who may commit as this lane
+    checkpoints/lane-000/.owner.lock                              held while one commits, or becomes the owner
     checkpoints/lane-000/epoch-00000012/encode.video-3.safetensors    a step's state for one partition
     checkpoints/lane-000/epoch-00000012/manifest.json             written last: the epoch counts from then on
 
@@ -17,7 +18,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +28,14 @@ from urllib.parse import quote
 from ..operators.errors import CheckpointError, CommitError
 from ..operators.rows import Buffer, Position, SnapshotKey
 from .durable_files import make_folder, replace_file, sync_file
+from .files_lock import WAIT_S, held_alone
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 OWNER_NAME = "owner"
+OWNER_LOCK_NAME = ".owner.lock"
 KEPT_EPOCHS = 3  # one to start from, one should that be damaged, one to spare
 _TOPIC_NAME_BYTES = 180  # a Kafka topic may have 249 letters, a file name 255, and ours says more than the topic
 _LANE = re.compile(r"lane-(\d{3,})")
@@ -295,14 +299,35 @@ def plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def write_owner(root: Path, lane: int, token: str) -> None:
-    """Make the holder of `token` the only one who may commit as this lane."""
+@contextmanager
+def owner_stays(root: Path, lane: int, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Have nobody else become this lane within the block, in which an epoch is committed from end to end.
+
+    So a lane that is believed dead and lives has either committed before another takes over, which then finds that
+    epoch, or finds that it is no longer the owner. There is no moment between its look at the owner and its rename.
+
+    Raises:
+        CommitError: If another process commits as this lane, or takes it over, for longer than `wait_s`.
+    """
     make_folder(lane_folder(root, lane))
-    replace_file(lane_folder(root, lane) / OWNER_NAME, token.encode())
+    with held_alone(lane_folder(root, lane) / OWNER_LOCK_NAME, wait_s):
+        yield
+
+
+def write_owner(root: Path, lane: int, token: str, wait_s: float = WAIT_S) -> None:
+    """Make the holder of `token` the only one who may commit as this lane, once a commit under way is over.
+
+    Raises:
+        CommitError: If that is not over within `wait_s`.
+    """
+    with owner_stays(root, lane, wait_s):
+        replace_file(lane_folder(root, lane) / OWNER_NAME, token.encode())
 
 
 def check_owner(root: Path, lane: int, token: str) -> None:
     """Raise if another process has become this lane: one believed dead must not commit behind its back.
+
+    It holds for as long as `owner_stays`.
 
     Raises:
         CommitError: If the lane is no longer ours.

@@ -41,6 +41,18 @@ def files_stay(root: Path, wait_s: float = WAIT_S) -> Iterator[None]:
 
 
 @contextmanager
+def held_alone(path: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Hold a lock file for the block, as nobody else does; a process that ends lets go of it.
+
+    Raises:
+        CommitError: If somebody else holds it for longer than `wait_s`.
+    """
+    with _opened(path) as lock:
+        _lock(lock, path, fcntl.LOCK_EX, time.monotonic() + wait_s)
+        yield
+
+
+@contextmanager
 def files_change(root: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """Be the only one who changes what is listed below `root` within the block, with no reader that holds the lock.
 

@@ -8,6 +8,7 @@
 
 A crash before the end of step 4 is undone by `recovery`: it deletes the rows of later epochs than the last
 manifest, and the lane reads the same records again, into the same rows. So each row counts once, whatever happens.
+Steps 1 to 4 are one turn as the lane's owner (`owner_stays`): nobody else becomes this lane between two of them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .checkpoint import (
     StateFile,
     TopicPartition,
     check_owner,
+    owner_stays,
     plain_json,
     prune_checkpoints,
     states_equal,
@@ -152,7 +154,8 @@ class EpochWriter:
             snapshots: Each step's states, from the barrier; a partition without streams has none.
 
         Raises:
-            CommitError: If the disk refuses. The lane restarts from its checkpoint.
+            CommitError: If the disk refuses, or another process has become this lane. Nothing is committed then; the
+                lane restarts from its checkpoint.
             CheckpointError: If a position fell behind what is committed.
         """
         if self._failed:
@@ -169,7 +172,8 @@ class EpochWriter:
             return CommitReport(self._last.epoch, {}, (), 0, draft.positions, 0.0, skipped=True)
         self._failed = True  # until the last step is through
         try:
-            with ExitStack() as tables_stay:
+            with owner_stays(self.root, self.lane), ExitStack() as tables_stay:
+                check_owner(self.root, self.lane, self._start.owner)
                 tables_stay.enter_context(files_stay(self.root))
                 for number, step in enumerate(self.STEPS, start=1):
                     getattr(self, step)(draft)
@@ -197,7 +201,6 @@ class EpochWriter:
 
     def publish_tables(self, draft: EpochDraft) -> None:
         """Step 2: give them their final names."""
-        check_owner(self.root, self.lane, self._start.owner)
         finals = [self.root / file.path for file in draft.files]
         for final in finals:
             temporary_path(final).replace(final)
@@ -209,7 +212,6 @@ class EpochWriter:
 
     def write_manifest(self, draft: EpochDraft) -> None:
         """Step 4: write the manifest."""
-        check_owner(self.root, self.lane, self._start.owner)
         created = datetime.fromtimestamp(self._clock_ns() / 1e9, timezone.utc)
         manifest = Manifest(
             lane=self.lane,

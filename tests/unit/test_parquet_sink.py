@@ -9,8 +9,9 @@ import pytest
 
 from stormline.operators.errors import CheckpointError, CommitError
 from stormline.operators.rows import Position, Result, SnapshotKey
-from stormline.pipeline.checkpoint import epoch_folder, list_committed, read_manifest
-from stormline.pipeline.parquet_sink import EpochWriter, data_file_path, find_data_files
+from stormline.pipeline.checkpoint import epoch_folder, list_committed, read_manifest, write_owner
+from stormline.pipeline.durable_files import temporary_path
+from stormline.pipeline.parquet_sink import EpochWriter, data_file_path
 from stormline.pipeline.recovery import recover, recover_lane
 
 VIDEO_0 = ("video", 0)
@@ -49,6 +50,7 @@ def test_commit_when_rows_cross_midnight_then_one_file_for_each_date(tmp_path):
         "results/date=2026-01-31/lane-000-epoch-00000001.parquet",
         "results/date=2026-02-01/lane-000-epoch-00000001.parquet",
         "checkpoints/lane-000/owner",
+        "checkpoints/lane-000/.owner.lock",
         "checkpoints/lane-000/epoch-00000001/encode.video-0.safetensors",
         "checkpoints/lane-000/epoch-00000001/manifest.json",
     }
@@ -161,17 +163,37 @@ def test_commit_when_the_lane_was_restarted_elsewhere_then_the_old_process_write
     assert sorted(rows) == ["a car", "once"]
 
 
-def test_commit_when_the_process_loses_the_lane_before_the_manifest_then_recovery_removes_its_rows(tmp_path):
-    class Overtaken(EpochWriter):
-        def step_done(self, number):
-            if number == 3:
-                recover_lane(self.root, 0, lanes=1, partitions=[VIDEO_0], identity={})
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_commit_when_another_process_wants_the_lane_between_two_steps_then_it_waits_until_the_epoch_counts(
+    tmp_path, number
+):
+    waited = []
 
-    with pytest.raises(CommitError, match="belongs to"):
-        make_writer(tmp_path, Overtaken).commit(results=[make_result()], positions=at(1), snapshots={})
+    class Contested(EpochWriter):
+        def step_done(self, step):
+            if step == number:
+                with pytest.raises(CommitError, match="held by another process") as refused:
+                    write_owner(self.root, self.lane, "another", wait_s=0.0)
+                waited.append(refused.value)
 
-    assert list(find_data_files(tmp_path)) == []
-    assert list_committed(tmp_path, 0) == []
+    report = make_writer(tmp_path, Contested).commit(results=[make_result()], positions=at(1), snapshots={})
+
+    assert len(waited) == 1
+    start = recover_lane(tmp_path, 0, lanes=1, partitions=[VIDEO_0], identity={})
+    assert (start.next_epoch, start.positions) == (report.epoch + 1, tuple(at(1)))
+
+
+def test_commit_when_another_process_has_the_lane_then_the_old_one_does_not_touch_a_draft_of_the_same_epoch(tmp_path):
+    old = make_writer(tmp_path)
+    write_owner(tmp_path, 0, "another")
+    draft = temporary_path(data_file_path(tmp_path, "results", DAY, 0, old.next_epoch))
+    draft.parent.mkdir(parents=True)
+    draft.write_bytes(b"of the other")
+
+    with pytest.raises(CommitError, match="belongs to another now"):
+        old.commit(results=[make_result()], positions=at(1), snapshots={})
+
+    assert draft.read_bytes() == b"of the other"
 
 
 def test_commit_when_power_may_fail_then_every_file_is_synced_before_its_name_counts(tmp_path, monkeypatch):
