@@ -179,23 +179,23 @@ class Compaction:
 
     def _plan_date(self, folder: DateFolder, safe: dict[int, int]) -> DatePlan:
         latest_ns = self._clock_ns() - int(self._spec.min_age_s * 1e9)
-        found = [
-            SmallFile(file.path, 0, 0, (), file.lane, file.epoch)
+        found: list[tuple[Path, tuple[Part, ...], int, int]] = [
+            (file.path, (), file.lane, file.epoch)
             for file in data_files_in(folder)
             if not file.temporary and file.epoch <= safe.get(file.lane, 0)
         ]
         try:
-            found += [SmallFile(path, 0, 0, read_parts(path)) for path in compacted_in(folder)]
+            found += [(path, read_parts(path), 0, 0) for path in compacted_in(folder)]
         except (ValueError, pa.ArrowException) as error:
             logger.warning("compacted_file_not_read error=%s", error)
         files = []
-        for file in found:
+        for path, parts, lane, epoch in found:
             try:
-                stat = file.path.stat()
+                stat = path.stat()
             except FileNotFoundError:
                 continue  # recovery, or somebody's broom
             if stat.st_size < SMALL_SHARE * self._spec.target_bytes and stat.st_mtime_ns <= latest_ns:
-                files.append(SmallFile(file.path, stat.st_size, stat.st_mtime_ns, file.parts, file.lane, file.epoch))
+                files.append(SmallFile(path, stat.st_size, stat.st_mtime_ns, parts, lane, epoch))
         return DatePlan(folder, tuple(sorted(files, key=lambda file: file.place)))
 
     def _check_exchange(self) -> None:

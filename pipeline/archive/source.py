@@ -129,7 +129,7 @@ class ArchiveReader:
     def items(self) -> Iterator[Segment | Barrier]:
         """Yield segments, a barrier first and whenever its time is due, and a final one at the end."""
         interval_s = self.plan.barrier_interval_s
-        self._parts = by_partition(self._list.read())
+        self._look_for_more()
         yield self.barrier()
         due_s = time.monotonic() + interval_s
         while True:
@@ -143,10 +143,14 @@ class ArchiveReader:
                 yield self.barrier(final=True)
                 return
             time.sleep(min(FOLLOW_S, interval_s))
-            self._parts = by_partition(self._list.read())
+            self._look_for_more()
             if time.monotonic() >= due_s:
                 yield self.barrier()
                 due_s = time.monotonic() + interval_s
+
+    def _look_for_more(self) -> None:
+        for partition, items in by_partition(self._list.follow()).items():
+            self._parts.setdefault(partition, []).extend(items)
 
     def barrier(self, *, final: bool = False) -> Barrier:
         """Return one for the present place; its lag is in videos."""

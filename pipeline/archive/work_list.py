@@ -61,6 +61,7 @@ class WorkList:
 
     def __init__(self, root: Path):
         self.path = root / "archive" / "work.jsonl"
+        self._followed_bytes = 0  # of whole lines
 
     def read(self) -> list[WorkItem]:
         """Return all of it, in order.
@@ -68,12 +69,31 @@ class WorkList:
         Raises:
             CheckpointError: If it is damaged: then offsets have lost their meaning.
         """
+        return self._parse(self._whole_lines(0))
+
+    def follow(self) -> list[WorkItem]:
+        """Return what was added since the last call, or all of it at the first; reads no more than that.
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        data = self._whole_lines(self._followed_bytes)
+        items = self._parse(data)
+        self._followed_bytes += len(data)
+        return items
+
+    def _whole_lines(self, start_bytes: int) -> bytes:
         try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]
+            with self.path.open("rb") as file:
+                file.seek(start_bytes)
+                data = file.read()
         except FileNotFoundError:
-            return []
+            return b""
+        return data[: data.rfind(b"\n") + 1]
+
+    def _parse(self, data: bytes) -> list[WorkItem]:
         try:
-            return [WorkItem(**json.loads(line)) for line in lines]
+            return [WorkItem(**json.loads(line)) for line in data.splitlines()]
         except (ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{self.path} is damaged ({error}), so that what was committed cannot be told from what is to do. "
@@ -87,15 +107,10 @@ class WorkList:
             return
         make_folder(self.path.parent)
         with self.path.open("ab") as file:
-            file.truncate(self._whole_bytes())
+            file.truncate(len(self._whole_lines(0)))
             file.write(b"".join(lines))
         sync_file(self.path)
         sync_folder(self.path.parent)
-
-    def _whole_bytes(self) -> int:
-        """Return the size without a last line that a crash cut short."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        return data.rfind(b"\n") + 1
 
 
 def by_partition(items: Iterable[WorkItem]) -> dict[int, list[WorkItem]]:

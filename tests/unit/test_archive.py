@@ -299,6 +299,25 @@ def test_work_list_when_a_crash_cut_its_last_line_then_that_never_was(tmp_path):
     assert [is_done(item, {0: items[1].next_offset}) for item in items] == [True, True, False]
 
 
+def test_work_list_when_followed_then_only_what_was_added_is_read_and_no_half_line(tmp_path):
+    writer, follower = WorkList(tmp_path), WorkList(tmp_path)
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"x")
+    assert follower.follow() == []
+    writer.append([item_of(video)])
+    assert follower.follow() == [item_of(video)]
+
+    with writer.path.open("ab") as file:
+        file.write(b'{"partition": 0, "num')  # a crash
+
+    assert follower.follow() == []
+    writer.append([item_of(video, number=1), item_of(video, number=2)])
+    with writer.path.open("r+b") as file:  # what was read is not read again: it could be anything
+        file.write(b"#")
+    assert [item.number for item in follower.follow()] == [1, 2]
+    assert follower.follow() == []
+
+
 def test_work_list_when_damaged_then_refused(tmp_path):
     work = WorkList(tmp_path)
     work.path.parent.mkdir()
