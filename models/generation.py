@@ -82,7 +82,6 @@ def generate_answers(
     processor: StormProcessor,
     prompts: Sequence[VideoPrompt],
     *,
-    built: Sequence[Prompt] = (),
     fixed_batch: int | None = None,
     listeners: Sequence[Callable[[str], None] | None] = (),
     prefixes: PrefixCache | None = None,
@@ -93,7 +92,6 @@ def generate_answers(
         model: In evaluation mode; on CPU after `use_exact_decoding`, which `load_model` does.
         processor: The model's.
         prompts: Any number, of any lengths and limits.
-        built: For each prompt what `check_prompt` gave; else that is done here.
         fixed_batch: Rows that are decoded together; None for `FIXED_BATCH`, or 1 where a language model's cache has
             a sliding window or a recurrent state.
         listeners: For each prompt None, or what is called with the next piece of its answer as it grows, in this
@@ -107,14 +105,13 @@ def generate_answers(
     Raises:
         ValueError: If a prompt does not fit the model, before any work; the message counts prompts from 0.
     """
-    for name, given in (("listeners", listeners), ("built prompts", built)):
-        if given and len(given) != len(prompts):
-            raise ValueError(f"{len(given)} {name} for {len(prompts)} prompts; expected one for each, or none")
+    if listeners and len(listeners) != len(prompts):
+        raise ValueError(f"{len(listeners)} listeners for {len(prompts)} prompts; expected one for each, or none")
     writer = AnswerWriter(model, processor, fixed_batch=fixed_batch, prefixes=prefixes)
     answers = []
     for i, prompt in enumerate(prompts):
         try:
-            checked = built[i] if built else check_prompt(model, processor, prompt)
+            checked = check_prompt(model, processor, prompt)
             answers.append(writer.make(prompt, checked, listeners[i] if listeners else None))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from error
@@ -201,10 +198,9 @@ class AnswerWriter:
         """Read an answer's prompt and write its first token, which may be its last.
 
         Raises:
-            IndexError: If there is no room.
-            ValueError: If the language model's cache wants `fixed_batch` 1.
+            ValueError: If there is no room, or the language model's cache wants `fixed_batch` 1.
         """
-        row = self._slots.free[0]
+        row = self._rows.index(None)
         logits, cache = _prefill(self._model, answer.built, self._prefixes)
         answer.accept(answer.choose(logits))
         if not answer.done:

@@ -38,11 +38,6 @@ class Slots:
         self._cache: Any = None
         self._used = [False] * n_rows
 
-    @property
-    def free(self) -> list[int]:
-        """Return the rows that nobody uses."""
-        return [row for row, used in enumerate(self._used) if not used]
-
     def put(self, row: int, cache: Any, n_tokens: int) -> None:
         """Begin a row with the cache of a prompt that was read by itself.
 
