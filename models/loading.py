@@ -54,7 +54,7 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
         FileNotFoundError: If there is no such folder and the name is no hub id.
         ValueError: On an unknown dtype, a device that is not there, or a checkpoint whose sizes do not fit.
     """
-    place = _choose_device(device)
+    place = choose_device(device)
     kind = _choose_dtype(dtype, place)
     if path is None and not (DEFAULT_FOLDER / "config.json").is_file():
         model, processor = build_untrained_tiny()
@@ -190,7 +190,12 @@ def resolve_model(path: str | Path) -> tuple[str, str]:
     raise FileNotFoundError(f"model {str(path)!r} is no folder here; expected one, or a hub id like owner/name")
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Return the device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: If it is CUDA and there is none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)

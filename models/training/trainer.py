@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loading import load_model, save_model
+from ..loading import choose_device, load_model, save_model
 from ..processing import StormProcessor
 from ..storm import StormForConditionalGeneration
 from .lora import PART as ADAPTED
@@ -111,8 +111,7 @@ class Trainer:
             self.ranks.share_of(stage.batch)
         self.model, self.processor, self._start_name = _start(recipe)
         self._adapters = None if recipe.lora is None else Adapters(self.model, recipe.lora, recipe.seed)
-        place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-        self.device = torch.device(place)
+        self.device = choose_device(device)
         nn.Module.to(self.model, self.device)
         self._stage_index, self._step = 0, 0
         self._meter = _Meter()

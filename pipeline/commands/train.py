@@ -45,6 +45,7 @@ def train(
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from ...models.loading import choose_device
     from ...models.training.ranks import Ranks
     from ...models.training.recipe import load_recipe
     from ...models.training.trainer import Trainer
@@ -55,7 +56,7 @@ def train(
     try:
         chosen = load_recipe(recipe)
         chosen = chosen if scale == 1.0 else chosen.scaled(scale)
-        place = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        place = str(choose_device(device))
         ranks = Ranks.join(place)
         trainer = Trainer(chosen, out, device=place, ranks=ranks)
     except (ValueError, FileNotFoundError) as error:
