@@ -46,6 +46,7 @@ from .rows import (
     SegmentMeta,
     block_of,
     rows_of,
+    table_text,
 )
 from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
 from .worker_limits import ended_after, limit_memory
@@ -490,10 +491,8 @@ class Decode:
                 with_picture=self.pace.due(meta.stream_id),
             )
         except OSError as error:
-            name = file.uri.encode(
-                "utf-8", "backslashreplace"
-            ).decode()  # a table holds text; a file's name may be none
-            raise MediaError("unreadable", f"cannot read {name}: {error.strerror or error}") from error
+            reason = f"cannot read {table_text(file.uri)}: {error.strerror or error}"
+            raise MediaError("unreadable", reason) from error
 
 
 def with_dead_letters(decoded: DecodedSegment, earlier: tuple[DeadLetter, ...]) -> DecodedSegment:

@@ -432,6 +432,11 @@ class Barrier:
         )
 
 
+def table_text(text: str) -> str:
+    """Return text that a table can hold: a file's name may have bytes that are none."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _view(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 

@@ -15,12 +15,11 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from ..operators.errors import SourceError
-from ..operators.rows import BLOCK_SCHEMA, Barrier, DeadLetter, Position, Segment, block_of
+from ..operators.rows import Barrier, DeadLetter, Position, Segment, block_of
 from .lag_policy import LagPolicy
+from .lane_source import BarrierTimer, LaneSource
 from .secret_references import resolve_secrets
 from .sessions import Record, SessionTracker, ends_session, stream_id
 from .settings import KafkaSettings, LagRule
@@ -68,30 +67,17 @@ class LostRecords:
         return replace(letter, stream_id="", session="", seq=0, offset=self.first_offset, n_bytes=0)
 
 
-class KafkaSource(Datasource):
+class KafkaSource(LaneSource):
     """Read a lane's partitions in order, for ever, with a barrier every few seconds.
 
-    One read task: the lane's order is the order in which it yields. A block holds what one poll found, `BLOCK_ROWS`
-    at most: a live segment goes alone and at once, a backlog travels in company. Each row is a `Segment` or a
-    `Barrier` and carries `lane_seq`, counting up by one from 0. A barrier holds the next offset of every partition
-    and the source's own state, both after the last row yielded. Offsets are never committed or read back here.
+    A block holds what one poll found, `BLOCK_ROWS` at most: a live segment goes alone and at once, a backlog travels
+    in company. Each row is a `Segment` or a `Barrier` and carries `lane_seq`, counting up by one from 0. A barrier
+    holds the next offset of every partition and the source's own state, both after the last row yielded. Offsets are
+    never committed or read back here.
     """
 
     def __init__(self, plan: SourcePlan):
-        super().__init__()
-        self._plan = plan
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: it never ends."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return the one read task, whatever the parallelism asked for."""
-        plan = self._plan
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: read_forever(plan), metadata, schema=BLOCK_SCHEMA)]
+        super().__init__(read_forever, plan)
 
 
 def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
@@ -131,14 +117,14 @@ class _Reader:
     def items(self) -> Iterator[list[Segment | Barrier]]:
         """Yield segments as they come and a barrier whenever its time is due, between two records; block by block."""
         yield [self._barrier()]
-        due_s = time.monotonic() + self._interval_s
+        timer = BarrierTimer(self._interval_s)
         while True:
             ready: list[Segment | Barrier] = []
             for tp, record in _poll(self._consumer, self._kafka):
                 ready += self._take(tp, _record(record))
-                if time.monotonic() >= due_s:
+                if timer.due:
                     ready.append(self._barrier())
-                    due_s = time.monotonic() + self._interval_s
+                    timer.restart()
                 if len(ready) >= BLOCK_ROWS or sum(_n_bytes(item) for item in ready) >= BLOCK_BYTES:
                     yield ready
                     ready = []
@@ -147,9 +133,9 @@ class _Reader:
             for tp in self._assignment:
                 if tp not in self._untold:
                     self._next_offsets[tp] = max(self._next_offsets[tp], self._consumer.position(tp) or 0)
-            if time.monotonic() >= due_s:
+            if timer.due:
                 ready.append(self._barrier())
-                due_s = time.monotonic() + self._interval_s
+                timer.restart()
             if ready:
                 yield ready
 

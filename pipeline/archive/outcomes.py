@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from ...operators.rows import table_text
 from ..durable_files import make_folder, temporary_path
 from .work_list import RANGES_PER_VIDEO, TOPIC, WorkItem, WorkList, committed_offsets, is_done
 
@@ -68,7 +69,7 @@ def write_videos(root: Path, found: Sequence[Outcome]) -> Path:
         {
             "stream_id": outcome.item.stream_id,
             "session": outcome.item.session,
-            "path": outcome.item.uri.encode("utf-8", "backslashreplace").decode(),
+            "path": table_text(outcome.item.uri),
             "state": outcome.state,
             "reason": outcome.reason or None,
             "detail": outcome.detail or None,

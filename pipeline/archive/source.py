@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from ...operators.errors import MediaError
-from ...operators.rows import BLOCK_SCHEMA, Barrier, DeadLetter, FileRange, Position, Segment, SegmentMeta, block_of
+from ...operators.rows import Barrier, DeadLetter, FileRange, Position, Segment, SegmentMeta, block_of, table_text
+from ..lane_source import BarrierTimer, LaneSource
 from .feed import ArchivePlan
 from .file_ranges import CutRange, cut_file
 from .find_videos import stat_video
@@ -78,27 +77,14 @@ class ArchiveSourcePlan:
     pace: Pace
 
 
-class ArchiveSource(Datasource):
+class ArchiveSource(LaneSource):
     """Read a lane's partitions of the work list, one video after the other, with a barrier every few seconds.
 
-    One read task, as `KafkaSource`. It ends after the last video, with a final barrier, unless it is to follow.
+    It ends after the last video, with a final barrier, unless it is to follow.
     """
 
     def __init__(self, plan: ArchiveSourcePlan):
-        super().__init__()
-        self._plan = plan
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown, and without meaning: rows carry no media."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return the one read task, whatever the parallelism asked for."""
-        plan = self._plan
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: read_archive(plan), metadata, schema=BLOCK_SCHEMA)]
+        super().__init__(read_archive, plan)
 
 
 def read_archive(plan: ArchiveSourcePlan) -> Iterator[pa.Table]:
@@ -131,22 +117,22 @@ class ArchiveReader:
         interval_s = self.plan.barrier_interval_s
         self._look_for_more()
         yield self.barrier()
-        due_s = time.monotonic() + interval_s
+        timer = BarrierTimer(interval_s)
         while True:
             for segment in self._segments():
                 self.next_offsets[segment.meta.partition] = _offset_after(segment.meta)
                 yield segment
-                if time.monotonic() >= due_s:
+                if timer.due:
                     yield self.barrier()
-                    due_s = time.monotonic() + interval_s
+                    timer.restart()
             if not self.plan.archive.follow:
                 yield self.barrier(final=True)
                 return
             time.sleep(min(FOLLOW_S, interval_s))
             self._look_for_more()
-            if time.monotonic() >= due_s:
+            if timer.due:
                 yield self.barrier()
-                due_s = time.monotonic() + interval_s
+                timer.restart()
 
     def _look_for_more(self) -> None:
         for partition, items in by_partition(self._list.follow()).items():
@@ -219,13 +205,13 @@ def check_unchanged(item: WorkItem) -> None:
 def _segment(item: WorkItem, seq: int, cut: CutRange) -> Segment:
     meta = _meta(item, seq, end=cut.last, start_ns=item.start_ns + cut.elapsed_ns, n_bytes=cut.n_bytes)
     file = FileRange(item.uri, cut.start_pts, cut.keep_from_pts, cut.stop_pts, cut.origin_pts)
-    letters = (DeadLetter.of(meta, "cut_short", printable(f"{item.uri}: {cut.broken}")),) if cut.broken else ()
+    letters = (DeadLetter.of(meta, "cut_short", table_text(f"{item.uri}: {cut.broken}")),) if cut.broken else ()
     return Segment(meta, b"", letters, file)
 
 
 def _nothing_more(item: WorkItem, seq: int, reason: str, detail: str) -> Segment:
     meta = _meta(item, seq, end=True, start_ns=item.start_ns, n_bytes=max(0, item.n_bytes))
-    return Segment(meta, b"", (DeadLetter.of(meta, reason, printable(detail)),))
+    return Segment(meta, b"", (DeadLetter.of(meta, reason, table_text(detail)),))
 
 
 def _meta(item: WorkItem, seq: int, *, end: bool, start_ns: int, n_bytes: int) -> SegmentMeta:
@@ -249,11 +235,6 @@ def _meta(item: WorkItem, seq: int, *, end: bool, start_ns: int, n_bytes: int) -
 def _offset_after(meta: SegmentMeta) -> int:
     number = meta.offset // RANGES_PER_VIDEO
     return (number + 1) * RANGES_PER_VIDEO if meta.end else meta.offset + 1
-
-
-def printable(text: str) -> str:
-    """Return text that a table can hold: file names may have bytes that are none."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def open_source(
