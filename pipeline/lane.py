@@ -76,22 +76,22 @@ class LaneStatus:
     """What a lane has done since it started, and how far behind it is."""
 
     lane: int
-    epoch: int  # newest committed; 0 for none
-    segments: int
-    committed: int  # of the segments
-    frames: int  # decoded
-    sampled: int
-    chunks: int
-    results: int
-    dead_letters: int
-    duplicates: int
-    skipped: int  # records that were too old; see `lag:` of the settings
-    lag_records: int  # behind the ends of its partitions at the newest barrier; -1 where unknown
-    lag_s: float  # age of what is committed: all that was appended so long ago and before; -1 where unknown
-    commit_p50_ms: float  # from a record's Kafka timestamp to its committed row
-    commit_p95_ms: float
-    last_barrier_s: float  # age of the newest barrier
-    idle_s: float  # since the newest row that was not a barrier
+    epoch: int = 0  # newest committed; 0 for none
+    segments: int = 0
+    committed: int = 0  # of the segments
+    frames: int = 0  # decoded
+    sampled: int = 0
+    chunks: int = 0
+    results: int = 0
+    dead_letters: int = 0
+    duplicates: int = 0
+    skipped: int = 0  # records that were too old; see `lag:` of the settings
+    lag_records: int = -1  # behind the ends of its partitions at the newest barrier; -1 where unknown
+    lag_s: float = -1.0  # age of what is committed: all that was appended so long ago and before; -1 where unknown
+    commit_p50_ms: float = 0.0  # from a record's Kafka timestamp to its committed row
+    commit_p95_ms: float = 0.0
+    last_barrier_s: float = 0.0  # age of the newest barrier
+    idle_s: float = 0.0  # since the newest row that was not a barrier
     newest: tuple[Result, ...] = ()  # results of the newest epochs, for a live view
     finished: bool = False  # the source has ended, and everything is committed
     n_bytes: int = 0  # of media
@@ -238,7 +238,7 @@ class LaneCommitter:
         self.last_barrier_s = time.monotonic()
         self._until_ns = 0  # what was appended up to then is committed; 0 where unknown
         self._metrics = LaneMetrics(plan.lane)
-        self._status = LaneStatus(plan.lane, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1.0, 0.0, 0.0, 0.0, 0.0)
+        self._status = LaneStatus(plan.lane)
 
     def take(self, row: Row) -> Barrier | None:
         """Take one row; commits and returns the barrier where it was one."""

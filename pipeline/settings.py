@@ -126,7 +126,7 @@ class LaneSettings(_Section):
     renew_after_segments: int = Field(
         100_000,
         ge=1,
-        description="A lane stops at a commit and starts again after so many: Ray keeps up to 10 kB of each.",
+        description="A lane stops at a commit and starts again after so many: Ray keeps about 1 kB of each.",
     )
     stall_s: float = Field(120.0, gt=0, description="A lane without a barrier for so long is restarted.")
     decode_limit_s: float = Field(

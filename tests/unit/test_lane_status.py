@@ -6,7 +6,7 @@ import pytest
 
 from stormline.pipeline.lane import LaneStatus
 
-FRESH = LaneStatus(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1.0, 0.0, 0.0, 0.0, 0.0)
+FRESH = LaneStatus(0)
 
 
 @pytest.mark.parametrize(
