@@ -218,6 +218,11 @@ def list_committed(root: Path, lane: int) -> list[int]:
     return [epoch for epoch, folder in folders if (folder / MANIFEST_NAME).exists()]
 
 
+def newest_committed(root: Path) -> dict[int, int]:
+    """Return each lane's newest epoch that has a manifest, whole or not; lanes without one are left out."""
+    return {lane: epochs[0] for lane in list_lanes(root) if (epochs := list_committed(root, lane))}
+
+
 def read_manifest(root: Path, lane: int, epoch: int) -> Manifest:
     """Read an epoch's manifest.
 
@@ -229,6 +234,16 @@ def read_manifest(root: Path, lane: int, epoch: int) -> Manifest:
     if (manifest.lane, manifest.epoch) != (lane, epoch):
         raise DamagedCheckpointError(f"is that of lane {manifest.lane}, epoch {manifest.epoch}")
     return manifest
+
+
+def whole_manifests(root: Path, lane: int) -> Iterator[Manifest]:
+    """Yield a lane's manifests, newest first, without damaged ones and those that were pruned meanwhile."""
+    for epoch in list_committed(root, lane):
+        try:
+            manifest = read_manifest(root, lane, epoch)
+        except (FileNotFoundError, DamagedCheckpointError):
+            continue
+        yield manifest
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -371,13 +386,9 @@ def _holders(root: Path) -> dict[TopicPartition, set[tuple[int, int]]]:
     """Return for each partition the (lane, epoch) of all manifests that hold it."""
     holders: dict[TopicPartition, set[tuple[int, int]]] = {}
     for lane in list_lanes(root):
-        for epoch in list_committed(root, lane):
-            try:
-                manifest = read_manifest(root, lane, epoch)
-            except (FileNotFoundError, DamagedCheckpointError):
-                continue
+        for manifest in whole_manifests(root, lane):
             for partition in manifest.next_offsets:
-                holders.setdefault(partition, set()).add((lane, epoch))
+                holders.setdefault(partition, set()).add((lane, manifest.epoch))
     return holders
 
 

@@ -100,11 +100,16 @@ def find_rows(root: Path, tables: Sequence[str] = tuple(TABLES)) -> Iterator[Fil
         FileNotFoundError: If files are compacted meanwhile; see `while_files_move`.
     """
     for folder in list_date_folders(root, tables):
-        for file in data_files_in(folder):
-            if not file.temporary:
-                yield FileRows(file.table, file.date, file.lane, file.epoch, file.path)
-        for path in compacted_in(folder):
-            yield from rows_of_compacted(folder, path)
+        yield from rows_in(folder)
+
+
+def rows_in(folder: DateFolder) -> Iterator[FileRows]:
+    """Yield where the rows of each epoch are in one table's date, as `find_rows`."""
+    for file in data_files_in(folder):
+        if not file.temporary:
+            yield FileRows(file.table, file.date, file.lane, file.epoch, file.path)
+    for path in compacted_in(folder):
+        yield from rows_of_compacted(folder, path)
 
 
 def rows_of_compacted(folder: DateFolder, path: Path) -> Iterator[FileRows]:

@@ -15,7 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import KEPT_EPOCHS, DamagedCheckpointError, list_committed, list_lanes, read_manifest
+from .checkpoint import (
+    KEPT_EPOCHS,
+    DamagedCheckpointError,
+    list_committed,
+    list_lanes,
+    newest_committed,
+    read_manifest,
+)
 from .compacted_files import FileRows, find_rows, read_table, while_files_move
 from .parquet_sink import date_of
 from .tables import RESULTS
@@ -232,7 +239,7 @@ class ResultTail:
 
 def newest_cursor(root: Path) -> Cursor:
     """Return the cursor of somebody who has seen everything that is committed now."""
-    return _newest(_committed(root))
+    return Cursor(newest_committed(root))
 
 
 def _committed(root: Path) -> dict[int, list[int]]:

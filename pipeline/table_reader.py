@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from ..operators.errors import SettingsError
-from .checkpoint import list_committed, list_lanes
-from .compacted_files import FileRows, compacted_in, read_table, rows_of_compacted, while_files_move
+from .checkpoint import newest_committed
+from .compacted_files import FileRows, compacted_in, read_table, rows_in, while_files_move
 from .parquet_sink import DateFolder, data_files_in, list_date_folders
 from .tables import TABLES
 
@@ -68,7 +68,7 @@ class TableReader:
         return while_files_move(lambda: self._newest(limit))
 
     def _newest(self, limit: int) -> list[dict[str, Any]]:
-        committed = self._committed()
+        committed = newest_committed(self._root)
         self._seen = dict(committed)
         found = self._schema_of_rows().empty_table()
         for batch in _batches(self._files(committed)):
@@ -79,16 +79,12 @@ class TableReader:
 
     def fresh(self) -> list[dict[str, Any]]:
         """Return the rows committed since the last call of this or of `newest`, oldest first."""
-        committed = self._committed()
+        committed = newest_committed(self._root)
         if committed == self._seen:
             return []
         rows = while_files_move(lambda: self._read(self._epochs(self._seen, committed)))
         self._seen = dict(committed)
         return _by_time(rows).to_pylist()
-
-    def _committed(self) -> dict[int, int]:
-        newest = ((lane, list_committed(self._root, lane)) for lane in list_lanes(self._root))
-        return {lane: epochs[0] for lane, epochs in newest if epochs}
 
     def _files(self, committed: dict[int, int]) -> list[FileRows]:
         """Return the files of committed rows, without those of days that the filter leaves out."""
@@ -104,15 +100,7 @@ class TableReader:
 
     def _epochs(self, after: dict[int, int], until: dict[int, int]) -> list[FileRows]:
         """Return where the rows of epochs (after, until] of each lane are."""
-        found: list[FileRows] = []
-        for folder in self._folders():
-            found += [
-                FileRows(file.table, file.date, file.lane, file.epoch, file.path)
-                for file in data_files_in(folder)
-                if not file.temporary
-            ]
-            for path in compacted_in(folder):
-                found += rows_of_compacted(folder, path)
+        found = (rows for folder in self._folders() for rows in rows_in(folder))
         new = [rows for rows in found if after.get(rows.lane, 0) < rows.epoch <= until.get(rows.lane, 0)]
         return sorted(new, key=lambda rows: (rows.date, rows.epoch, rows.lane))
 

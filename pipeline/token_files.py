@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from .checkpoint import list_committed, list_lanes
+from .checkpoint import newest_committed
 from .chunk_index import ChunkIndex, PastChunk
 from .compacted_files import compacted_in, read_parts, while_files_move
 from .parquet_sink import data_files_in, list_date_folders
@@ -85,7 +85,7 @@ class TokenFiles:
             while_files_move(self._refresh)
 
     def _refresh(self) -> None:
-        committed = {lane: epochs[0] for lane in list_lanes(self._root) if (epochs := list_committed(self._root, lane))}
+        committed = newest_committed(self._root)
         fresh = [file for date in self._changed_dates() for file in self._fresh_files(date, committed)]
         fresh.sort(key=lambda file: (file.date, file.epoch))
         for start in range(0, len(fresh), FILES_AT_ONCE):

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...operators.errors import CheckpointError
-from ..checkpoint import list_committed, list_lanes, read_manifest
+from ..checkpoint import list_lanes, whole_manifests
 from ..durable_files import make_folder, sync_file, sync_folder
 
 TOPIC = "archive"
@@ -130,11 +130,7 @@ def committed_offsets(root: Path) -> dict[int, int]:
     """Return each partition's next offset, as the manifests have it; without repairing anything."""
     offsets: dict[int, int] = {}
     for lane in list_lanes(root):
-        for epoch in list_committed(root, lane):
-            try:
-                manifest = read_manifest(root, lane, epoch)
-            except (FileNotFoundError, CheckpointError):
-                continue
+        for manifest in whole_manifests(root, lane):
             for (topic, partition), next_offset in manifest.next_offsets.items():
                 if topic == TOPIC:
                     offsets[partition] = max(offsets.get(partition, 0), next_offset)
