@@ -20,6 +20,8 @@ import numpy as np
 
 POLICIES = ("recent", "uniform", "global_local", "relevant", "changes")
 LOCAL_SHARE = 0.5  # of the budget that `global_local` gives to the recent part
+HELD_BUDGETS = 16  # of tokens to choose from, see `worth_holding`: eight minutes of the default model and budget
+HELD_NEWEST = 2  # chunks held in any case
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,45 @@ def select_chunks(
         return _select_changes(chunks, budget_tokens)
     assert question is not None
     return _select_best(chunks, budget_tokens, rank_by_relevance(chunks, question))
+
+
+def worth_holding(places: Sequence[int], n_tokens: Sequence[int], budget_tokens: int, policy: str) -> list[int]:
+    """Choose which chunks of a video that goes on to hold, so that memory does not grow with its length.
+
+    Called with what was held before and one chunk more, it holds the same of a video however that is cut. Up to
+    `HELD_BUDGETS` budgets all chunks are held, so that `select_chunks` chooses what it would choose of the whole video.
+    Beyond, it holds every second, fourth, eighth… chunk, counted from the first, and the newest ones. Of `recent` it
+    holds only what can still be chosen, which changes nothing.
+
+    Args:
+        places: Of the chunks held and the new one: their numbers in the video, rising by one from chunk to chunk.
+        n_tokens: Of each.
+        budget_tokens: As for `select_chunks`.
+        policy: Likewise.
+
+    Returns:
+        Indices into `places`, rising; the last one is always among them.
+    """
+    newest_tokens = {"recent": budget_tokens, "global_local": int(budget_tokens * LOCAL_SHARE)}.get(policy, 0)
+    n = len(places)
+    newest, held_tokens = n, 0
+    while newest and (held_tokens <= newest_tokens or n - newest < HELD_NEWEST):
+        newest -= 1
+        held_tokens += n_tokens[newest]
+    if policy == "recent":
+        return list(range(newest, n))
+    step = places[1] - places[0] if newest > 1 else 1
+    held = _every(step, places, newest)
+    while newest > 1 and sum(n_tokens[i] for i in held) > budget_tokens * HELD_BUDGETS:
+        step *= 2
+        if step > places[newest] - places[0]:
+            break
+        held = _every(step, places, newest)
+    return held
+
+
+def _every(step: int, places: Sequence[int], newest: int) -> list[int]:
+    return [i for i, place in enumerate(places) if i >= newest or (place - places[0]) % step == 0]
 
 
 def rank_by_relevance(chunks: Sequence[VideoChunk], question: np.ndarray) -> list[int]:

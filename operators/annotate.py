@@ -252,6 +252,7 @@ async def _pack_stream(stream: _Stream) -> StreamSnapshot:
                 "session": window.session,
                 "window_index": window.window_index,
                 "passed": window.passed,
+                "first_ns": window.first_ns,
                 "chunks": [place[c.session, c.chunk_index] for c in window.chunks],
             }
             for window in stream.windows.values()
@@ -276,7 +277,9 @@ def _unpack_stream(snapshot: StreamSnapshot) -> _Stream:
     for w in header["windows"]:
         query = StandingQuery.model_validate(w["query"])
         mine = tuple(chunks[i] for i in w["chunks"])
-        stream.windows[query.id] = OpenWindow(query, w["session"], w["window_index"], mine, w["passed"])
+        stream.windows[query.id] = OpenWindow(
+            query, w["session"], w["window_index"], mine, w["passed"], w.get("first_ns")
+        )
     for definition in header["alerts"]:
         query = StandingQuery.model_validate(definition)
         stream.alerts[query.id] = _Judged(query, None)

@@ -10,6 +10,8 @@ is known only when that has come.
 
 A window is asked about as its query was when it began. A query that is new, or changed, waits for the next window's
 start: half a window would be answered as if it were a whole one.
+
+Of a long window only so much is held as its query may yet choose from (`worth_holding`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..models.selection import worth_holding
 from .queries import StandingQuery
 from .rows import Chunk
 from .scenes import SceneCuts
@@ -31,6 +34,7 @@ class OpenWindow:
     window_index: int
     chunks: tuple[Chunk, ...]
     passed: bool = False  # it is waited out: it was asked about already, or the query came in its midst
+    first_ns: int | None = None  # start of its first chunk, where that is held no more
 
     @property
     def origin_ns(self) -> int:
@@ -42,7 +46,7 @@ class OpenWindow:
     @property
     def start_ns(self) -> int:
         """Time of its first chunk's first frame."""
-        return self.chunks[0].start_ns
+        return self.chunks[0].start_ns if self.first_ns is None else self.first_ns
 
     @property
     def end_ns(self) -> int:
@@ -82,7 +86,7 @@ def add_chunk(
             window = None if query is None else _begin(query, chunk, window, cuts)
         if window is not None and not window.passed and _is_full(window):
             closed.append(window)
-            window = replace(window, chunks=(), passed=True)
+            window = replace(window, chunks=(), passed=True, first_ns=None)
         if window is not None:
             after[query_id] = window
     return after, closed
@@ -109,9 +113,19 @@ def _cut(
 
 def _with(window: OpenWindow, chunk: Chunk) -> OpenWindow:
     if not window.passed:
-        return replace(window, chunks=(*window.chunks, chunk))
+        return _held(window, (*window.chunks, chunk))
     # Of what is not asked about, a scene keeps the one chunk that may turn out to begin the next.
     return replace(window, chunks=(chunk,)) if window.query.scenes else window
+
+
+def _held(window: OpenWindow, chunks: tuple[Chunk, ...]) -> OpenWindow:
+    """Return the window with those chunks that its query may yet choose from: it may be a whole night."""
+    query = window.query
+    n_tokens = [len(c.tokens) for c in chunks]
+    held = worth_holding([c.chunk_index for c in chunks], n_tokens, query.token_budget, query.token_policy)
+    return replace(
+        window, chunks=tuple(chunks[i] for i in held), first_ns=window.start_ns if held[0] else window.first_ns
+    )
 
 
 def _belongs(chunk: Chunk, window: OpenWindow, cuts: SceneCuts) -> bool:

@@ -360,3 +360,20 @@ def test_windows_when_several_queries_share_chunks_then_the_snapshot_holds_each_
     assert sizes[1] - sizes[0] > 0
     assert [blob.count(np.zeros(16 * 4, np.float16).tobytes()) for blob in snapshots_of(two[-1]).values()] == [1]
     assert sizes[0] > tokens_bytes
+
+
+@pytest.mark.parametrize("policy", ["uniform", "recent", "global_local", "changes"])
+@pytest.mark.parametrize("cut", [3, 150, 299])
+def test_whole_video_when_far_over_what_is_held_and_the_lane_crashes_then_answered_as_if_it_had_not(policy, cut):
+    asked = [query(window_s=3600, token_budget=32, token_policy=policy)]
+    rows = [segment_row(i, index=i, end=i == 299) for i in range(300)]
+
+    whole = answers(run(Annotate(asked, describe, "m"), rows))
+    before = run(Annotate(asked, describe, "m"), [*rows[:cut], barrier_row(cut)])
+    rest = [segment_row(i, index=cut + i, end=cut + i == 299) for i in range(300 - cut)]
+    after = run(Annotate(asked, describe, "m", snapshots_of(before[-1])), rest)
+
+    assert answers(after) == whole
+    assert len(whole) == 1
+    assert AnnotatedSegment.from_row(after[-1]).results[0].start_ns == START_NS
+    assert len(next(iter(snapshots_of(before[-1]).values()))) < 40_000 + 16 * 32 * 4 * 2

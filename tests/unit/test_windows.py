@@ -1,5 +1,7 @@
 import numpy as np
+import pytest
 
+from stormline.models.selection import HELD_NEWEST, VideoChunk, select_chunks
 from stormline.operators.queries import StandingQuery
 from stormline.operators.rows import Chunk
 from stormline.operators.windows import add_chunk, close_session
@@ -130,3 +132,49 @@ def test_query_when_it_watches_a_stream_no_more_then_finishes_its_window_and_beg
     assert indices(first) == [[0, 1]]
     assert second == []
     assert windows == {}
+
+
+def night_long(n_chunks, policy, budget=8):
+    """Return the open window after so many chunks."""
+    asked = query(window_s=86_400, token_budget=budget, token_policy=policy)
+    windows = {}
+    for i in range(n_chunks):
+        windows, _ = add_chunk(windows, chunk(i, 2 * i), {"q": asked})
+    return windows["q"]
+
+
+@pytest.mark.parametrize("policy", ["uniform", "global_local", "changes"])
+def test_window_when_it_lasts_all_night_then_holds_a_bounded_even_choice_with_its_first_and_newest(policy):
+    for n_chunks in (16 * 8 + HELD_NEWEST, 1000, 5000):
+        window = night_long(n_chunks, policy)
+        places = [c.chunk_index for c in window.chunks]
+        gaps = np.diff(places)
+
+        assert len(places) <= 16 * 8 + 8
+        assert (places[0], places[-2:]) == (0, [n_chunks - 2, n_chunks - 1])
+        assert gaps.max() <= n_chunks / 50
+        assert (window.start_ns, window.end_ns) == (100 * SECOND_NS, (100 + 2 * n_chunks) * SECOND_NS)
+
+
+def test_window_when_it_fits_then_holds_all_and_beyond_only_what_could_not_be_chosen_of_recent_goes():
+    assert [c.chunk_index for c in night_long(16 * 8, "uniform").chunks] == list(range(16 * 8))
+    for n_chunks in (5, 9, 200):
+        window = night_long(n_chunks, "recent")
+        all_of_it = [VideoChunk(2 * i, 2 * i + 2, np.zeros((1, 2), np.float16)) for i in range(n_chunks)]
+        held = [all_of_it[c.chunk_index] for c in window.chunks]
+
+        assert select_chunks(held, 8, "recent") == select_chunks(all_of_it, 8, "recent")
+        assert len(held) <= 9
+        assert (window.start_ns, window.end_ns) == (100 * SECOND_NS, (100 + 2 * n_chunks) * SECOND_NS)
+
+
+def test_recent_window_of_a_night_when_it_is_waited_out_then_the_next_begins_at_its_own_first_chunk():
+    asked = query(window_s=100, token_budget=2, token_policy="recent")
+    windows, closed = {}, []
+    for i in range(101):
+        windows, full = add_chunk(windows, chunk(i, 2 * i), {"q": asked})
+        closed += full
+
+    assert [(w.start_ns, w.end_ns) for w in closed] == [
+        (100 * SECOND_NS, 200 * SECOND_NS), (200 * SECOND_NS, 300 * SECOND_NS)
+    ]  # fmt: skip
