@@ -1,7 +1,7 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-integration test-slow test-gpu chaos fuzz lint format build clean
+.PHONY: help venv demo test test-unit test-integration test-slow test-gpu chaos archive-proof fuzz lint format build clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -49,6 +49,10 @@ test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 chaos: venv  ## kill whatever can die, from three seeds, and compare with a run in peace (half an hour and more)
 	@echo "== chaos"
 	@$(BIN)/python -m tests.chaos --faults 40 --seed 1 --seed 2 --seed 3 --json benchmarks/results/chaos.json
+
+archive-proof: venv  ## archive 200 videos, good and bad, in peace and killed on the way, and compare (half an hour)
+	@echo "== archive proof"
+	@$(BIN)/python -m tests.archive_proof --json benchmarks/results/archive_folder.json
 
 fuzz: venv  ## decode 10,000 damaged segments (ARGS="--help" says what else)
 	@$(BIN)/python tests/fuzz/fuzz_decode.py --keep fuzz-out $(ARGS)

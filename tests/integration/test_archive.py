@@ -13,6 +13,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from archive_clips import OPEN_GOPS, write_clip, write_sound
+from archive_proof.check import Asked, problems
+from archive_proof.folder import CONTAINERS, make_folder
 
 from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions
 from stormline.pipeline.archive.outcomes import count_states, outcomes, write_videos
@@ -95,6 +97,16 @@ def test_archive_when_undisturbed_then_every_good_video_is_captioned_and_every_o
         assert [r["chunk_index"] for r in chunks] == list(range(len(chunks)))
     listed = pq.read_table(write_videos(quiet, found)).to_pylist()
     assert {r["stream_id"]: r["reason"] for r in listed if r["state"] == "failed"} == REASONS
+
+
+def test_archive_when_a_folder_holds_every_container_and_codec_and_what_is_none_then_each_comes_out_right(
+    services, tmp_path
+):
+    clips = make_folder(tmp_path / "videos", sum(len(codecs) for codecs in CONTAINERS.values()))
+
+    run(tmp_path / "videos", tmp_path / "out")
+
+    assert problems(tmp_path / "out", clips, Asked(window_s=10.0, whole="whole")) == []
 
 
 def test_archive_when_published_instead_then_tokens_are_the_same_bit_for_bit(quiet, videos, broker, services, tmp_path):

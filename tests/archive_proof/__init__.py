@@ -1,0 +1,1 @@
+"""A folder of 200 and more videos, good and bad, archived in peace and under kills, and compared."""
