@@ -15,10 +15,12 @@ from .commands.broker import broker
 from .commands.compact import compact
 from .commands.demo import demo
 from .commands.eval import evaluate_model
+from .commands.export import export
 from .commands.import_model import import_model
 from .commands.publish import publish
 from .commands.results import results
 from .commands.run import run
+from .commands.search import search
 from .commands.serve import serve
 from .commands.train import train
 from .commands.watch import watch
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, archive, results, ask, watch, serve, compact, train):
+for command in (demo, broker, publish, run, archive, results, search, ask, watch, serve, export, compact, train):
     app.command()(command)
 app.command("import")(import_model)
 app.command("eval")(evaluate_model)

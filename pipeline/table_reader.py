@@ -22,12 +22,13 @@ import pyarrow.dataset as ds
 
 from ..operators.errors import SettingsError
 from .checkpoint import newest_committed
-from .compacted_files import FileRows, compacted_in, read_table, rows_in, while_files_move
+from .compacted_files import MOVED_TRIES, FileRows, compacted_in, read_table, rows_in, while_files_move
 from .parquet_sink import DateFolder, data_files_in, list_date_folders
 from .tables import TABLES
 
 _BULKY = ("tokens", "data")  # columns that nobody wants on a screen
 _FILES_AT_ONCE = 256
+_EPOCHS_AT_ONCE = 64  # without bulky columns; with them, one
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,26 @@ class RowFilter:
 class TableReader:
     """Reads one table of an output folder.
 
+    Args:
+        root: The output folder.
+        table: Which.
+        wanted: Leaves rows out.
+        columns: Those that are wanted; None: all but tokens and bytes.
+
     Raises:
         SettingsError: When built, if the folder is not one that stormline writes to, or the filter asks for a
             column that the table has not.
     """
 
-    def __init__(self, root: Path, table: str, wanted: RowFilter = RowFilter()):
+    def __init__(self, root: Path, table: str, wanted: RowFilter = RowFilter(), columns: Sequence[str] | None = None):
         check_output_folder(root)
         self._root = root
         self._table = table
         self._schema = TABLES[table]
-        self._columns = [name for name in self._schema.names if name not in _BULKY]
+        self._columns = list(columns or (name for name in self._schema.names if name not in _BULKY))
         self._wanted = wanted
         self._seen: dict[int, int] = {}  # lane → its last epoch given out
-        if wanted.kind is not None and "kind" not in self._columns:
+        if wanted.kind is not None and "kind" not in self._schema.names:
             raise SettingsError(f"--kind is for results: rows of {table} have no kind. Leave it out.")
 
     def newest(self, limit: int) -> list[dict[str, Any]]:
@@ -70,7 +77,7 @@ class TableReader:
     def _newest(self, limit: int) -> list[dict[str, Any]]:
         committed = newest_committed(self._root)
         self._seen = dict(committed)
-        found = self._schema_of_rows().empty_table()
+        found = self.schema.empty_table()
         for batch in _batches(self._files(committed)):
             if found.num_rows >= limit:
                 break
@@ -85,6 +92,33 @@ class TableReader:
         rows = while_files_move(lambda: self._read(self._epochs(self._seen, committed)))
         self._seen = dict(committed)
         return _by_time(rows).to_pylist()
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yield all rows that are committed now, by date, epoch and lane; some epochs' at a time are in memory.
+
+        Files may be compacted meanwhile.
+
+        Raises:
+            FileNotFoundError: If that happens again and again, or somebody deletes files.
+        """
+        committed = newest_committed(self._root)
+        n = 1 if set(_BULKY) & set(self._columns) else _EPOCHS_AT_ONCE
+        done: tuple[str, int, int] | None = None
+        tries = 0
+        while True:
+            rows = while_files_move(lambda: self._epochs({}, committed))
+            todo = [each for each in rows if done is None or _place(each) > done]
+            try:
+                for start in range(0, len(todo), n):
+                    batch = self._read(todo[start : start + n])
+                    done, tries = _place(todo[start : start + n][-1]), 0
+                    if batch.num_rows:
+                        yield batch
+                return
+            except FileNotFoundError:  # compacted since it was listed: what is left is found elsewhere
+                tries += 1
+                if tries == MOVED_TRIES:
+                    raise
 
     def _files(self, committed: dict[int, int]) -> list[FileRows]:
         """Return the files of committed rows, without those of days that the filter leaves out."""
@@ -102,14 +136,16 @@ class TableReader:
         """Return where the rows of epochs (after, until] of each lane are."""
         found = (rows for folder in self._folders() for rows in rows_in(folder))
         new = [rows for rows in found if after.get(rows.lane, 0) < rows.epoch <= until.get(rows.lane, 0)]
-        return sorted(new, key=lambda rows: (rows.date, rows.epoch, rows.lane))
+        return sorted(new, key=_place)
 
     def _folders(self) -> Iterator[DateFolder]:
         first_date, last_date = _date_of(self._wanted.since) or "", _date_of(self._wanted.until) or "9999"
         folders = list_date_folders(self._root, [self._table])
         return (folder for folder in folders if first_date <= folder.date <= last_date)
 
-    def _schema_of_rows(self) -> pa.Schema:
+    @property
+    def schema(self) -> pa.Schema:
+        """Return the columns of the rows that it reads."""
         return pa.schema([self._schema.field(name) for name in self._columns])
 
     def _read(self, files: Sequence[FileRows]) -> pa.Table:
@@ -153,6 +189,10 @@ def _batches(files: list[FileRows]) -> Iterator[list[FileRows]]:
         day = sorted(group, key=lambda f: (f.path.stat().st_mtime_ns, f.epoch), reverse=True)
         for start in range(0, len(day), _FILES_AT_ONCE):
             yield day[start : start + _FILES_AT_ONCE][::-1]
+
+
+def _place(rows: FileRows) -> tuple[str, int, int]:
+    return rows.date, rows.epoch, rows.lane
 
 
 def _date_of(moment: datetime | None) -> str | None:

@@ -65,6 +65,14 @@ def count_states(found: Iterable[Outcome]) -> Mapping[str, int]:
 def write_videos(root: Path, found: Sequence[Outcome]) -> Path:
     """Write the overview, a Parquet file with a row for each video, in one step; return its path."""
     path = root / "archive" / VIDEOS_NAME
+    make_folder(path.parent)
+    pq.write_table(videos_table(found), temporary_path(path))
+    temporary_path(path).replace(path)
+    return path
+
+
+def videos_table(found: Sequence[Outcome]) -> pa.Table:
+    """Return a row for each video, as `SCHEMA` has it."""
     rows = [
         {
             "stream_id": outcome.item.stream_id,
@@ -79,10 +87,7 @@ def write_videos(root: Path, found: Sequence[Outcome]) -> Path:
         }
         for outcome in found
     ]
-    make_folder(path.parent)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary_path(path))
-    temporary_path(path).replace(path)
-    return path
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 _Letter = tuple[str, str]  # reason, detail
