@@ -21,7 +21,7 @@ from ray.data import DataContext, Dataset
 
 from ..operators import annotate as annotate_step
 from ..operators import encode as encode_step
-from ..operators.annotate import Annotate
+from ..operators.annotate import Annotate, Ask
 from ..operators.decode import Decode
 from ..operators.encode import Encode
 from ..operators.errors import OrderError
@@ -30,9 +30,10 @@ from ..operators.rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, Resul
 from ..operators.sampling import GridSpec
 from ..operators.scenes import SceneSpec
 from . import kafka_source
+from .archive.asking import AskTogether
 from .archive.source import LaneRows, Pace, open_source
 from .checkpoint import LaneStart
-from .endless_dataset import actor_step, build_dataset, lane_context
+from .endless_dataset import EXECUTOR_TURN_S, FILES_TURN_S, actor_step, build_dataset, lane_context
 from .kafka_source import KafkaSource, SourcePlan
 from .lane_metrics import LaneMetrics
 from .parquet_sink import EpochWriter
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE_ROWS_AHEAD = 12  # ranges of files under way beyond what decodes: windows to be asked about together
+FILE_ROWS_AHEAD = 24  # ranges of files under way beyond what decodes: windows to be asked about together
+ASK_WAIT_S = 3.0  # that a question about a file waits for others, to be answered together
 LATENCY_SAMPLES = 4096  # of the newest committed records, for percentiles
 # Logical CPUs of the parts of a lane, for Ray's scheduling: small, because a lane's parts wait for each other, and
 # because Ray would otherwise leave a part unscheduled on a small machine. With the source and two decoders they sum
@@ -185,9 +187,12 @@ def lane_dataset(plan: LanePlan, n_taken: Callable[[], int]) -> Dataset:
         "snapshots": snapshots_of(encode_step.STEP_NAME),
         "marks": marks,
     }
+    ask: Ask = LlmClient(settings.llm.timeout_s)
+    if plan.archive is not None:
+        ask = AskTogether(ask, settings.llm.max_batch_size, ASK_WAIT_S)
     annotate = {
         "read_queries": QueryRegistry(plan.start.root).for_lanes,
-        "ask": LlmClient(settings.llm.timeout_s),
+        "ask": ask,
         "model_name": plan.model_name,
         "scenes": scenes_of(settings),
         "snapshots": snapshots_of(annotate_step.STEP_NAME),
@@ -340,7 +345,7 @@ class Lane:
 
     def run(self) -> LaneStatus:
         """Run until `stop`, or until the source ends; whatever goes wrong in any part of the lane raises here."""
-        lane_context(DataContext.get_current())
+        lane_context(DataContext.get_current(), EXECUTOR_TURN_S if self._plan.archive is None else FILES_TURN_S)
         n_taken = LaneRows(ray.get_runtime_context().current_actor)
         with self._offset_reporter() as report:
             self._committer = LaneCommitter(self._plan, report)

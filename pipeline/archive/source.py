@@ -25,7 +25,7 @@ from .work_list import RANGES_PER_VIDEO, TOPIC, WorkItem, WorkList, by_partition
 logger = logging.getLogger(__name__)
 
 FOLLOW_S = 1.0  # between two looks at the list's end
-PACE_POLL_S = 0.02
+PACE_POLL_S = 0.1  # each look costs two processes some CPU
 REASONS = {
     "changed": "the file is not the one that was found: it changed meanwhile, and is done again as that",
     "cut_short": "reading broke off before the file's end; what came before was used",

@@ -27,6 +27,7 @@ SCENES, VIDEO = "scenes", "video"
 WHOLE_VIDEO_S = 86_400.0  # the longest window that there is
 MAX_DECODERS = 8
 STALL_S = 900.0  # a lane may scan a long file for its first place to cut
+BARRIER_INTERVAL_S = 5.0  # what a crash costs at most; nobody waits for a row
 DECODE_LIMIT_S = 600.0  # a file that cannot be cut is one record
 
 
@@ -139,6 +140,7 @@ def _settings(path: Path | None, overrides: Sequence[str], out: Path | None, tok
     defaults: dict[str, dict[str, Any]] = {
         "lanes": {
             "decode_workers": min(MAX_DECODERS, max(2, os.cpu_count() or 2)),
+            "barrier_interval_s": BARRIER_INTERVAL_S,
             "stall_s": STALL_S,
             "decode_limit_s": DECODE_LIMIT_S,
         },
