@@ -35,7 +35,7 @@ RESULT = Path(__file__).parent / "results" / "soak.json"
 SAMPLE_S = 5.0
 SETTLED_S = 60.0  # after the first rows, until memory shall be flat
 PARTS = {  # what a process's command line holds
-    "source": "ReadKafkaSource",
+    "source": "Source",
     "decode": "(Decode)",
     "encode": "(Encode)",
     "annotate": "(Annotate)",

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from stormline.pipeline.archive.work_list import RANGES_PER_VIDEO
 
 from ..chaos.compare import differences, row_counts
 from .check import finished, problems, states, written_after
-from .folder import CODECS, CONTAINERS, Clip, make_folder
+from .folder import CODECS, CONTAINERS, Clip, make_folder, write_long
+from .memory import MemoryLog
 from .runs import Run, archive, n_finished
 
 HELP = """\
@@ -77,6 +79,20 @@ def killed_runs(videos: Path, out: Path, clips: list[Clip], ray_folder: Path) ->
     return starts, told
 
 
+def memory_of_lengths(folder: Path, ray_folder: Path, lengths_s: Sequence[int]) -> dict[str, Any]:
+    """Archive a video of each length, alone, with a question about the whole of it; return what memory it took."""
+    told = {}
+    for seconds in lengths_s:
+        write_long(folder / f"{seconds}" / "long.mkv", seconds)
+        log = MemoryLog()
+        run = archive(folder / f"{seconds}", folder / f"out-{seconds}", ray_folder=ray_folder, on_look=log.look)
+        if run.status:
+            raise SystemExit(f"the video of {seconds} s ended with status {run.status}: {run.text[-2000:]}")
+        told[f"{seconds} s"] = log.report()
+        print(f"video of {seconds} s: {told[f'{seconds} s']}", flush=True)
+    return told
+
+
 def _has_finished(out: Path, n: int) -> bool:
     return n_finished(out) >= n
 
@@ -85,6 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.archive_proof", description=HELP)
     parser.add_argument("--clips", type=int, default=200, help="generated good ones (default: 200)")
     parser.add_argument("--long-s", type=int, default=7200, help="length of the long one (default: 7200)")
+    parser.add_argument("--memory-s", default="600,7200", help="lengths to compare memory of (default: 600,7200)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="proof-", dir="/tmp"))  # short: Ray puts sockets into it
@@ -101,6 +118,7 @@ def main() -> int:
     starts, more = killed_runs(folder / "videos", folder / "killed", clips, ray_folder)
     told += [f"killed: {text}" for text in more]
     told += differences(folder / "killed", folder / "quiet")
+    memory = memory_of_lengths(folder / "memory", ray_folder, [int(s) for s in args.memory_s.split(",") if s])
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "ray": ray.__version__,
@@ -118,6 +136,7 @@ def main() -> int:
         "rows": row_counts(folder / "quiet"),
         "starts_under_kills": starts,
         "differences": told,
+        "memory": memory,
         "load_average": os.getloadavg()[1],
     }
     if args.json:

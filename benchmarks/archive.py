@@ -1,0 +1,205 @@
+"""A folder of videos from end to end: against its slowest stage alone, a plain loop, and Ray Data's `read_videos`.
+
+    python benchmarks/archive.py [--videos 16] [--rounds 2]
+
+Real videos of a minute (a street at 640 x 272, a cartoon at 1280 x 720, H.264, 25 fps), the default model, a caption
+for every 30 s, tokens kept. All in one run and in turns:
+
+    decode       PyAV decoding and resizing on the same grid, nothing around it, a process for each core: the limit
+    encode       the model's encoder over frames that lie in memory, one thread, as in a lane
+    llm          the captions of the same windows, as the deployment writes them
+    stormline    `stormline archive`
+    loop, read_videos   `archive_peers.py`
+
+Each whole way is run over one short video, too; that is its start-up, and speed is told without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow.dataset as ds
+import ray
+import torch
+from archive_peers import CHUNK_FRAMES, FPS, MAX_NEW_TOKENS, Watcher, bare_frames, describe, windows_of
+
+from stormline.pipeline.commands.demo import street_video
+
+RESULT = Path(__file__).parent / "results" / "archive.json"
+SIDE_PX = 64  # of the default model
+VIDEO_S = 60
+SHORT_S = 2  # of the video that start-up is measured with
+GOAL_OF_SLOWEST_STAGE = 0.8
+
+
+def write_repeated(source: Path, target: Path, seconds: int) -> None:
+    """Write a video of exactly so long, by repeating the packets of a short one."""
+    with av.open(str(source)) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        assert stream.average_rate is not None
+        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in container.demux(stream) if p.size]
+        ticks = round(len(packets) / stream.average_rate / stream.time_base)
+        with av.open(str(target), "w") as out:
+            copy = out.add_stream_from_template(stream)
+            n_left, turn = round(seconds * stream.average_rate), 0
+            while n_left > 0:
+                for data, pts, dts, is_key in packets[:n_left]:
+                    packet = av.Packet(data)
+                    packet.pts, packet.dts = (pts or 0) + turn * ticks, (dts or 0) + turn * ticks
+                    packet.time_base, packet.is_keyframe, packet.stream = stream.time_base, is_key, copy
+                    out.mux(packet)
+                n_left, turn = n_left - len(packets), turn + 1
+
+
+def make_videos(folder: Path, n: int, seconds: int) -> None:
+    """Fill a folder: three streets, then a cartoon, and so on."""
+    folder.mkdir()
+    street = street_video()
+    cartoon = street.with_name("bigbuckbunny.mp4")
+    for i in range(n):
+        write_repeated(cartoon if i % 4 == 3 else street, folder / f"{i:03}.mp4", seconds)
+
+
+def decode_one(path: str) -> int:
+    """Return how many frames a video gives."""
+    return sum(1 for _ in bare_frames(path, SIDE_PX))
+
+
+def decode_alone(pool: Any, files: list[str]) -> float:
+    """Return the seconds that all cores take to decode and resize, each a video at a time."""
+    began_s = time.perf_counter()
+    counts = pool.map(decode_one, files, chunksize=1)
+    took_s = time.perf_counter() - began_s
+    assert all(abs(n - VIDEO_S * FPS) <= 1 for n in counts), counts
+    return took_s
+
+
+def encode_alone(watcher: Watcher, images: list, n_videos: int) -> tuple[float, list]:
+    """Return the seconds that the encoder takes, and a video's chunks."""
+    began_s = time.perf_counter()
+    chunks = []
+    for _ in range(n_videos):
+        watcher.begin("")
+        chunks = [c for image in images if (c := watcher.take(image))]
+    return time.perf_counter() - began_s, chunks
+
+
+def llm_alone(watcher: Watcher, chunks: list, n_videos: int) -> float:
+    """Return the seconds that all captions take, eight at a time."""
+    began_s = time.perf_counter()
+    describe(watcher.loaded, windows_of(chunks) * n_videos)
+    return time.perf_counter() - began_s
+
+
+def command_of(way: str, folder: Path, out: Path) -> list[str]:
+    """Return a way's command."""
+    if way == "stormline":
+        return [sys.executable, "-m", "stormline.pipeline", "archive", str(folder), "--out", str(out)]
+    return [sys.executable, str(Path(__file__).with_name("archive_peers.py")), way, str(folder), str(out)]
+
+
+def whole(way: str, folder: Path, out: Path, ray_folder: Path) -> float:
+    """Run a way over a folder; return its seconds, from its start to its end."""
+    shutil.rmtree(out, ignore_errors=True)
+    environ = {**os.environ, "RAY_TMPDIR": str(ray_folder), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    began_s = time.perf_counter()
+    ran = subprocess.run(command_of(way, folder, out), env=environ, capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(f"{way} ended with {ran.returncode}:\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}")
+    return time.perf_counter() - began_s
+
+
+def rows_written(way: str, out: Path) -> tuple[int, int]:
+    """Return the chunks and captions that a way wrote."""
+    if way == "stormline":
+        return ds.dataset(out / "tokens").count_rows(), ds.dataset(out / "results").count_rows()
+    if way == "loop":
+        kinds = [list(out.glob(f"*.{kind}.parquet")) for kind in ("tokens", "captions")]
+        return ds.dataset(kinds[0]).count_rows(), ds.dataset(kinds[1]).count_rows()
+    table = ds.dataset(out, format="parquet").to_table(columns=["caption"]).column("caption").to_pylist()
+    return len(table), sum(bool(text) for text in table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--videos", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", default="stormline,loop,read_videos")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    n_cores, ways = os.cpu_count() or 1, options.ways.split(",")
+    video_s = options.videos * VIDEO_S
+    took: dict[str, list[float]] = {}
+    startup: dict[str, list[float]] = {}
+    load = [os.getloadavg()[0]]
+    torch.set_num_threads(1)
+    watcher = Watcher(1)
+    assert watcher.side_px == SIDE_PX
+    with tempfile.TemporaryDirectory(prefix="ab-", dir="/tmp") as name:
+        folder, short, out, ray_folder = (Path(name) / part for part in ("videos", "short", "out", "ray"))
+        ray_folder.mkdir()
+        make_videos(folder, options.videos, VIDEO_S)
+        make_videos(short, 1, SHORT_S)
+        files = [str(path) for path in sorted(folder.iterdir())]
+        images = list(bare_frames(files[0], SIDE_PX))
+        images += images[-1:] * (VIDEO_S * FPS - len(images))
+        with multiprocessing.get_context("spawn").Pool(n_cores) as pool:
+            pool.map(decode_one, files[:1] * n_cores, chunksize=1)  # its imports
+            for turn in range(options.rounds):
+                took.setdefault("decode", []).append(decode_alone(pool, files))
+                encode_s, chunks = encode_alone(watcher, images, options.videos)
+                took.setdefault("encode", []).append(encode_s)
+                took.setdefault("llm", []).append(llm_alone(watcher, chunks, options.videos))
+                for way in ways:
+                    startup.setdefault(way, []).append(whole(way, short, out, ray_folder))
+                    took.setdefault(way, []).append(whole(way, folder, out, ray_folder))
+                    rows = rows_written(way, out)
+                    wanted = (video_s * FPS // CHUNK_FRAMES, video_s // 30)
+                    if rows != wanted:
+                        raise SystemExit(f"{way} wrote {rows} chunks and captions, expected {wanted}")
+                load.append(os.getloadavg()[0])
+                print(f"round {turn + 1}: {({k: round(v[-1], 1) for k, v in took.items()})}, start-up "
+                      f"{({k: round(v[-1], 1) for k, v in startup.items()})}", flush=True)  # fmt: skip
+    start_s = {way: statistics.median(series) for way, series in startup.items()}
+    speed = {n: video_s / (statistics.median(series) - start_s.get(n, 0.0)) for n, series in took.items()}
+    stages = {name: round(speed[name], 1) for name in ("decode", "encode", "llm")}
+    slowest = min(stages, key=lambda name: stages[name])
+    report = {
+        "machine": f"{n_cores} cores, {platform.machine()}",
+        "ray": ray.__version__,
+        "torch": torch.__version__,
+        "video_minutes": video_s // 60,
+        "caption_every_s": 30,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "stages_alone_times_real_time": stages,
+        "slowest_stage": slowest,
+        "times_real_time": {way: round(speed[way], 1) for way in ways},
+        "with_startup_times_real_time": {way: round(video_s / statistics.median(took[way]), 1) for way in ways},
+        "startup_s": {way: round(s, 1) for way, s in start_s.items()},
+        "goal_over_slowest_stage": GOAL_OF_SLOWEST_STAGE,
+        "load_average": [round(x, 1) for x in load],
+    }
+    if "stormline" in ways:
+        report["over_slowest_stage"] = round(speed["stormline"] / stages[slowest], 2)
+        report["over"] = {way: round(speed["stormline"] / speed[way], 2) for way in ways if way != "stormline"}
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
