@@ -5,18 +5,20 @@
 Real videos of a minute (a street at 640 x 272, a cartoon at 1280 x 720, H.264, 25 fps), the default model, a caption
 for every 30 s, tokens kept. All in one run and in turns:
 
-    decode       PyAV decoding and resizing on the same grid, nothing around it, a process for each core: the limit
+    decode       PyAV decoding and resizing on the same grid, nothing around it, in one process
+    decode on all cores   the same in a process for each core: the limit of any way, where the rest costs nothing
     encode       the model's encoder over frames that lie in memory, one thread, as in a lane
     llm          the captions of the same windows, as the deployment writes them
     stormline    `stormline archive`
     loop, read_videos   `archive_peers.py`
 
-Each whole way is run over one short video, too; that is its start-up, and speed is told without it.
+Each whole way is run over one short video, too; that is its start-up, and speed and CPU are told without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,10 +29,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
+import psutil
 import pyarrow.dataset as ds
 import ray
 import torch
@@ -41,6 +45,7 @@ from stormline.pipeline.commands.demo import street_video
 RESULT = Path(__file__).parent / "results" / "archive.json"
 SIDE_PX = 64  # of the default model
 VIDEO_S = 60
+LOOK_S = 0.2
 SHORT_S = 2  # of the video that start-up is measured with
 GOAL_OF_SLOWEST_STAGE = 0.8
 
@@ -80,7 +85,7 @@ def decode_one(path: str) -> int:
 
 
 def decode_alone(pool: Any, files: list[str]) -> float:
-    """Return the seconds that all cores take to decode and resize, each a video at a time."""
+    """Return the seconds that a pool takes to decode and resize, each of its processes a video at a time."""
     began_s = time.perf_counter()
     counts = pool.map(decode_one, files, chunksize=1)
     took_s = time.perf_counter() - began_s
@@ -112,15 +117,44 @@ def command_of(way: str, folder: Path, out: Path) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("archive_peers.py")), way, str(folder), str(out)]
 
 
-def whole(way: str, folder: Path, out: Path, ray_folder: Path) -> float:
-    """Run a way over a folder; return its seconds, from its start to its end."""
+@dataclass(frozen=True)
+class Took:
+    """What a way took, from its start to its end."""
+
+    wall_s: float
+    cpu_s: float  # of all its processes: what other work on the machine says least in
+
+    def __sub__(self, other: Took) -> Took:
+        return Took(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+
+
+def whole(way: str, folder: Path, out: Path, ray_folder: Path) -> Took:
+    """Run a way over a folder."""
     shutil.rmtree(out, ignore_errors=True)
     environ = {**os.environ, "RAY_TMPDIR": str(ray_folder), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     began_s = time.perf_counter()
-    ran = subprocess.run(command_of(way, folder, out), env=environ, capture_output=True, text=True)
-    if ran.returncode:
-        raise SystemExit(f"{way} ended with {ran.returncode}:\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}")
-    return time.perf_counter() - began_s
+    cpu_s: dict[int, float] = {}
+    with out.with_suffix(".log").open("w+") as log:
+        ran = subprocess.Popen(command_of(way, folder, out), env=environ, stdout=log, stderr=subprocess.STDOUT)
+        while ran.poll() is None:
+            cpu_s |= cpu_by_process(ran.pid)
+            time.sleep(LOOK_S)
+        log.seek(0)
+        if ran.returncode:
+            raise SystemExit(f"{way} ended with {ran.returncode}:\n{log.read()[-3000:]}")
+    return Took(time.perf_counter() - began_s, sum(cpu_s.values()))
+
+
+def cpu_by_process(pid: int) -> dict[int, float]:
+    """Return the CPU seconds so far of a process and of all below it."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for one in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = one.cpu_times()
+                found[one.pid] = times.user + times.system
+    return found
 
 
 def rows_written(way: str, out: Path) -> tuple[int, int]:
@@ -134,6 +168,11 @@ def rows_written(way: str, out: Path) -> tuple[int, int]:
     return len(table), sum(bool(text) for text in table)
 
 
+def medians(series: list[Took]) -> Took:
+    """Return the median of each."""
+    return Took(statistics.median(t.wall_s for t in series), statistics.median(t.cpu_s for t in series))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--videos", type=int, default=16)
@@ -143,10 +182,10 @@ def main() -> None:
     options = parser.parse_args()
     n_cores, ways = os.cpu_count() or 1, options.ways.split(",")
     video_s = options.videos * VIDEO_S
-    took: dict[str, list[float]] = {}
-    startup: dict[str, list[float]] = {}
+    alone: dict[str, list[float]] = {"decode": [], "decode on all cores": [], "encode": [], "llm": []}
+    startup: dict[str, list[Took]] = {way: [] for way in ways}
+    took: dict[str, list[Took]] = {way: [] for way in ways}
     load = [os.getloadavg()[0]]
-    torch.set_num_threads(1)
     watcher = Watcher(1)
     assert watcher.side_px == SIDE_PX
     with tempfile.TemporaryDirectory(prefix="ab-", dir="/tmp") as name:
@@ -157,45 +196,58 @@ def main() -> None:
         files = [str(path) for path in sorted(folder.iterdir())]
         images = list(bare_frames(files[0], SIDE_PX))
         images += images[-1:] * (VIDEO_S * FPS - len(images))
-        with multiprocessing.get_context("spawn").Pool(n_cores) as pool:
-            pool.map(decode_one, files[:1] * n_cores, chunksize=1)  # its imports
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as one, context.Pool(n_cores) as all_cores:
+            for pool in (one, all_cores):
+                pool.map(decode_one, files[:1] * n_cores, chunksize=1)  # their imports
             for turn in range(options.rounds):
-                took.setdefault("decode", []).append(decode_alone(pool, files))
+                alone["decode"].append(decode_alone(one, files))
+                alone["decode on all cores"].append(decode_alone(all_cores, files))
                 encode_s, chunks = encode_alone(watcher, images, options.videos)
-                took.setdefault("encode", []).append(encode_s)
-                took.setdefault("llm", []).append(llm_alone(watcher, chunks, options.videos))
+                alone["encode"].append(encode_s)
+                alone["llm"].append(llm_alone(watcher, chunks, options.videos))
                 for way in ways:
-                    startup.setdefault(way, []).append(whole(way, short, out, ray_folder))
-                    took.setdefault(way, []).append(whole(way, folder, out, ray_folder))
-                    rows = rows_written(way, out)
-                    wanted = (video_s * FPS // CHUNK_FRAMES, video_s // 30)
+                    startup[way].append(whole(way, short, out, ray_folder))
+                    took[way].append(whole(way, folder, out, ray_folder))
+                    rows, wanted = rows_written(way, out), (video_s * FPS // CHUNK_FRAMES, video_s // 30)
                     if rows != wanted:
                         raise SystemExit(f"{way} wrote {rows} chunks and captions, expected {wanted}")
+                    print(f"round {turn + 1}: {way} {took[way][-1]}, start-up {startup[way][-1]}", flush=True)
                 load.append(os.getloadavg()[0])
-                print(f"round {turn + 1}: {({k: round(v[-1], 1) for k, v in took.items()})}, start-up "
-                      f"{({k: round(v[-1], 1) for k, v in startup.items()})}", flush=True)  # fmt: skip
-    start_s = {way: statistics.median(series) for way, series in startup.items()}
-    speed = {n: video_s / (statistics.median(series) - start_s.get(n, 0.0)) for n, series in took.items()}
-    stages = {name: round(speed[name], 1) for name in ("decode", "encode", "llm")}
-    slowest = min(stages, key=lambda name: stages[name])
-    report = {
+    speed = {name: video_s / statistics.median(series) for name, series in alone.items()}
+    slowest = min(("decode", "encode", "llm"), key=lambda name: speed[name])
+    work = {way: medians(took[way]) - medians(startup[way]) for way in ways}
+    stages_cpu_s = sum(video_s / speed[name] for name in ("decode", "encode", "llm"))
+    report: dict[str, Any] = {
         "machine": f"{n_cores} cores, {platform.machine()}",
         "ray": ray.__version__,
         "torch": torch.__version__,
         "video_minutes": video_s // 60,
         "caption_every_s": 30,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "stages_alone_times_real_time": stages,
+        "stages_alone_times_real_time": {name: round(x, 1) for name, x in speed.items()},
         "slowest_stage": slowest,
-        "times_real_time": {way: round(speed[way], 1) for way in ways},
-        "with_startup_times_real_time": {way: round(video_s / statistics.median(took[way]), 1) for way in ways},
-        "startup_s": {way: round(s, 1) for way, s in start_s.items()},
+        "stages_cpu_s": round(stages_cpu_s, 1),
+        "ways": {
+            way: {
+                "times_real_time": round(video_s / work[way].wall_s, 1),
+                "with_startup_times_real_time": round(video_s / medians(took[way]).wall_s, 1),
+                "startup_s": round(medians(startup[way]).wall_s, 1),
+                "cpu_s": round(work[way].cpu_s, 1),
+                "startup_cpu_s": round(medians(startup[way]).cpu_s, 1),
+            }
+            for way in ways
+        },
         "goal_over_slowest_stage": GOAL_OF_SLOWEST_STAGE,
         "load_average": [round(x, 1) for x in load],
     }
     if "stormline" in ways:
-        report["over_slowest_stage"] = round(speed["stormline"] / stages[slowest], 2)
-        report["over"] = {way: round(speed["stormline"] / speed[way], 2) for way in ways if way != "stormline"}
+        mine = work["stormline"]
+        report["over_slowest_stage"] = round(video_s / mine.wall_s / speed[slowest], 2)
+        report["over_decode_on_all_cores"] = round(video_s / mine.wall_s / speed["decode on all cores"], 2)
+        report["stages_cpu_over_cpu"] = round(stages_cpu_s / mine.cpu_s, 2)
+        report["faster_than"] = {w: round(work[w].wall_s / mine.wall_s, 2) for w in ways if w != "stormline"}
+        report["cpu_of_others_over_cpu"] = {w: round(work[w].cpu_s / mine.cpu_s, 2) for w in ways if w != "stormline"}
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
