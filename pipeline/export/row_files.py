@@ -22,6 +22,7 @@ from .subtitle_files import Written
 FILE_BYTES = 256 << 20  # of a Parquet file, about
 GROUP_BYTES = 8 << 20  # of a row group, in memory
 GROUP_ROWS = 16_384
+ROWS_AT_ONCE = 1_000  # as Python objects, which are many times as large
 CARD_NAME = "README.md"
 CARD_MARK = "Written by `stormline export`."
 CARD = """---
@@ -49,8 +50,9 @@ def write_jsonl(root: Path, file: IO[str], wanted: RowFilter) -> Written:
     """Write the results as JSON, one a line, by date, epoch and lane."""
     n_rows = 0
     for batch in TableReader(root, "results", wanted).batches():
-        for row in batch.to_pylist():
-            file.write(json.dumps(plain_row(row), ensure_ascii=False) + "\n")
+        for part in batch.to_batches(max_chunksize=ROWS_AT_ONCE):
+            lines = (json.dumps(plain_row(row), ensure_ascii=False) for row in part.to_pylist())
+            file.writelines(f"{line}\n" for line in lines)
         n_rows += batch.num_rows
     return Written(1, n_rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,29 @@ def test_archive_when_published_instead_then_tokens_are_the_same_bit_for_bit(qui
 
     assert len(bits(quiet)) > 20
     assert bits(tmp_path) == bits(quiet)
+
+
+def test_readme_when_its_lines_read_a_real_output_then_each_reader_has_every_row(quiet, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [lines] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "pandas" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "out").symlink_to(quiet)
+
+    names: dict = {}
+    exec(lines, names)
+
+    expected = sorted(row["answer"] for row in table(quiet, "results"))
+    assert len(expected) > 10
+    answers = {
+        "duckdb": [answer for (answer,) in names["captions"].select("answer").fetchall()],
+        "pandas": names["frame"]["answer"].tolist(),
+        "polars": names["lazy"].collect()["answer"].to_list(),
+        "datasets": list(names["rows"]["answer"]),
+    }
+    assert {reader: sorted(found) for reader, found in answers.items()} == dict.fromkeys(answers, expected)
+    assert names["array"].dtype == "float16"
+    assert names["array"].size == names["tokens"]["token_count"] * names["tokens"]["token_dim"] > 0
 
 
 @pytest.mark.slow
