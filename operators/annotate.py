@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from ..models.prompts import VideoAnswer, VideoPrompt
 from ..models.selection import VideoChunk, select_chunks
+from .busy_time import BusyTime
 from .errors import StormlineError
 from .ordering import Turnstile
 from .queries import StandingQuery, by_id
@@ -105,6 +106,7 @@ class Annotate:
         self._model_name = model_name
         self._scenes = scenes
         self._turnstile = Turnstile()
+        self._asking = BusyTime()
         self._streams: _Streams = {partition: _unpack(blob) for partition, blob in (snapshots or {}).items()}
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
@@ -120,7 +122,8 @@ class Annotate:
                 encoded = EncodedSegment.from_row(row)
                 pending = self.advance(encoded)
         if row.kind == Barrier.KIND:
-            return Barrier.from_row(row).with_snapshots(STEP_NAME, await _pack(streams)).to_row(row.lane_seq)
+            barrier = Barrier.from_row(row).with_snapshots(STEP_NAME, await _pack(streams))
+            return barrier.with_busy(llm=self._asking.busy_s).to_row(row.lane_seq)
         results = await asyncio.gather(*pending)
         return AnnotatedSegment(encoded, tuple(r for r in results if r is not None)).to_row(row.lane_seq)
 
@@ -186,9 +189,9 @@ class Annotate:
         ]
         chosen = select_chunks(chunks, query.token_budget, query.token_policy)
         asked_s = time.monotonic()
-        answer = await self._ask(
-            VideoPrompt(text=query.prompt, chunks=tuple(chosen), max_new_tokens=query.max_new_tokens)
-        )
+        prompt = VideoPrompt(text=query.prompt, chunks=tuple(chosen), max_new_tokens=query.max_new_tokens)
+        with self._asking:
+            answer = await self._ask(prompt)
         return Result(
             query_id=query.id,
             kind=query.kind,

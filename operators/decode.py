@@ -8,8 +8,9 @@ that has none comes out as failed, which later steps treat as a gap.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -401,7 +402,12 @@ class Decode:
             ValueError: If a row is neither a segment nor a barrier.
             ProcessDiedError: If a suspect hangs once more; the lane restarts.
         """
-        return block_of([row if row.kind == Barrier.KIND else self.decode_row(row) for row in rows_of(table)])
+        return block_of([row if row.kind == Barrier.KIND else self._timed(row) for row in rows_of(table)])
+
+    def _timed(self, row: Row) -> Row:
+        began_s = time.monotonic()
+        decoded = self.decode_row(row)
+        return replace(decoded, header={**decoded.header, "decode_s": time.monotonic() - began_s})
 
     def decode_row(self, row: Row) -> Row:
         """Decode one segment: here, apart, or not at all."""

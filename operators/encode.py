@@ -8,6 +8,7 @@ had happened.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,6 +175,7 @@ class Encode:
         self._marks = MarkFile(marks, STEP_NAME)
         self._pictures: dict[str, Picture] = {}  # of streams, not told yet
         self._lags: dict[tuple[str, int], int] = {}  # as last told
+        self._decode_s = self._encode_s = 0.0  # that decoders, and this step, were busy
         self._order = ReorderBuffer()
         self._streams: dict[tuple[str, int], dict[str, StreamEncoding]] = {
             partition: self._restore(blob) for partition, blob in (snapshots or {}).items()
@@ -189,8 +191,17 @@ class Encode:
         if row.kind == Barrier.KIND:
             barrier = Barrier.from_row(row)
             self._tell_at_barrier(barrier)
+            barrier = barrier.with_busy(decode=self._decode_s, encode=self._encode_s)
             return barrier.with_snapshots(STEP_NAME, self.snapshot()).to_row(row.lane_seq)
+        began_s = time.monotonic()
+        try:
+            return self._encode_row(row)
+        finally:
+            self._encode_s += time.monotonic() - began_s
+
+    def _encode_row(self, row: Row) -> Row:
         decoded = DecodedSegment.from_row(row)
+        self._decode_s += decoded.decode_s
         meta = decoded.meta
         streams = self._streams.setdefault((meta.topic, meta.partition), {})
         with self._marks.holding(meta):

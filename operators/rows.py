@@ -206,6 +206,7 @@ class DecodedSegment:
     n_frames: int  # frames decoded; 0 where the segment failed: then frames is (0, H, W, 3)
     dead_letters: tuple[DeadLetter, ...] = ()
     jpeg: Buffer = field(repr=False, default=b"")  # the tail as a small picture for people, where one was due
+    decode_s: float = 0.0  # that a decoder was busy with it
 
     KIND = "frames"
 
@@ -225,6 +226,7 @@ class DecodedSegment:
             "tail_ns": self.tail_ns,
             "n_frames": self.n_frames,
             "dead": dead,
+            "decode_s": self.decode_s,
         }
         return Row(self.KIND, lane_seq, header, (_view(self.frames), self.jpeg, *dead_parts))
 
@@ -241,6 +243,7 @@ class DecodedSegment:
             n_frames=h["n_frames"],
             dead_letters=_unpack_dead(h["dead"], row.parts[2:]),
             jpeg=row.parts[1],
+            decode_s=h["decode_s"],
         )
 
 
@@ -393,6 +396,7 @@ class Barrier:
     made_ns: int
     snapshots: dict[SnapshotKey, Buffer] = field(default_factory=dict, repr=False)
     counters: dict[str, int] = field(default_factory=dict)  # what the source has seen since the lane started
+    busy_s: dict[str, float] = field(default_factory=dict)  # of read, decode, encode, llm, since the lane started
     dead_letters: tuple[DeadLetter, ...] = ()  # of what it steps over without a row
     final: bool = False  # the source ends after this one
 
@@ -405,12 +409,17 @@ class Barrier:
         mine = {SnapshotKey(step, topic, partition): data for (topic, partition), data in by_partition.items()}
         return replace(self, snapshots={**self.snapshots, **mine})
 
+    def with_busy(self, **busy_s: float) -> Barrier:
+        """Return the barrier with how long more steps have been busy."""
+        return replace(self, busy_s={**self.busy_s, **busy_s})
+
     def to_row(self, lane_seq: int) -> Row:
         """Return its row."""
         header = {
             "positions": [asdict(p) for p in self.positions],
             "made_ns": self.made_ns,
             "counters": self.counters,
+            "busy_s": self.busy_s,
             "snapshots": [list(key) for key in self.snapshots],
             "final": self.final,
         }
@@ -426,6 +435,7 @@ class Barrier:
             positions=tuple(Position(**p) for p in h["positions"]),
             made_ns=h["made_ns"],
             counters=h["counters"],
+            busy_s=h["busy_s"],
             snapshots=dict(zip((SnapshotKey(*key) for key in h["snapshots"]), row.parts[:n], strict=True)),
             dead_letters=_unpack_dead(h["dead"], row.parts[n:]),
             final=h["final"],

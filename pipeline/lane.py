@@ -98,6 +98,7 @@ class LaneStatus:
     finished: bool = False  # the source has ended, and everything is committed
     n_bytes: int = 0  # of media
     next_offsets: Mapping[tuple[str, int], int] = field(default_factory=dict)  # as committed
+    busy_s: Mapping[str, float] = field(default_factory=dict)  # by step, of all its workers together
 
     def got_further_than(self, before: LaneStatus | None) -> bool:
         """Whether the lane has come further in this life, or has nothing left to stumble over.
@@ -290,6 +291,7 @@ class LaneCommitter:
             lag_records=-1 if any(lag < 0 for lag in lags) else sum(lags),
             duplicates=barrier.counters.get("duplicates", 0),
             skipped=barrier.counters.get("skipped", 0),
+            busy_s=barrier.busy_s,
             finished=barrier.final,
         )
         self._metrics.tell(barrier, self._lag_s())

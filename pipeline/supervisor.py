@@ -88,6 +88,7 @@ class RunStatus:
     newest: tuple[Any, ...] = ()
     n_bytes: int = 0  # of media
     next_offsets: Mapping[tuple[str, int], int] = field(default_factory=dict)  # as committed
+    busy_s: Mapping[str, float] = field(default_factory=dict)  # by step, of all lanes' workers together
 
 
 class Supervisor:
@@ -463,6 +464,7 @@ class Supervisor:
             newest=tuple(r for s in now for r in s.newest),
             n_bytes=total("n_bytes"),
             next_offsets={p: offset for s in reversed(ever) for p, offset in s.next_offsets.items()},
+            busy_s={step: sum(s.busy_s.get(step, 0.0) for s in ever) for s in ever for step in s.busy_s},
         )
 
 

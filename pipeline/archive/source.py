@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...operators.busy_time import BusyTime
 from ...operators.errors import MediaError
 from ...operators.rows import Barrier, DeadLetter, FileRange, Position, Segment, SegmentMeta, block_of, table_text
 from ..lane_source import BarrierTimer, LaneSource
@@ -111,6 +112,7 @@ class ArchiveReader:
         self.next_offsets = {p: self.plan.next_offsets.get(p, 0) for p in self.plan.partitions}
         self._list = WorkList(self.plan.archive.root)
         self._parts: dict[int, list[WorkItem]] = {}
+        self._reading = BusyTime()
 
     def items(self) -> Iterator[Segment | Barrier]:
         """Yield segments, a barrier first and whenever its time is due, and a final one at the end."""
@@ -144,10 +146,19 @@ class ArchiveReader:
             Position(TOPIC, p, next_offset, lag=len(self._parts.get(p, ())) - next_offset // RANGES_PER_VIDEO)
             for p, next_offset in self.next_offsets.items()
         )
-        return Barrier(positions, made_ns=time.time_ns(), final=final)
+        return Barrier(positions, made_ns=time.time_ns(), busy_s={"read": self._reading.busy_s}, final=final)
 
     def _segments(self) -> Iterator[Segment]:
-        """Yield what is left of all partitions."""
+        """Yield what is left of all partitions, counting the time that finding it takes."""
+        left = self._left()
+        while True:
+            with self._reading:
+                segment = next(left, None)
+            if segment is None:
+                return
+            yield segment
+
+    def _left(self) -> Iterator[Segment]:
         for partition, next_offset in list(self.next_offsets.items()):
             number, n_ranges = divmod(next_offset, RANGES_PER_VIDEO)
             for item in self._parts.get(partition, ())[number:]:

@@ -118,7 +118,7 @@ def archive(
     settings = settings.model_copy(update={"queries": archive_queries(settings, questions, window_s, captions)})
     console = Console(highlight=False)
     root = settings.output.path
-    progress = ArchiveProgress(console, root, float(settings.sampling.fps))
+    progress = ArchiveProgress(console, root, float(settings.sampling.fps), settings.lanes.decode_workers)
     options = ArchiveOptions(sources, start_ns, by_hash, retry_failed, watch_s)
     feed = ArchiveFeed(root, options, progress.phase)
     if not feed.has_work():
@@ -126,7 +126,7 @@ def archive(
         _end(console, progress, None, root)
         return
     supervisor = Supervisor(settings, on_phase=progress.phase, archive=feed)
-    with on_stop_signal(supervisor.request_stop, progress.phase):
+    with on_stop_signal(supervisor.request_stop, progress.phase), progress:
         status = supervisor.run(on_status=progress.status, on_ready=progress.ready)
     _end(console, progress, status, root)
 

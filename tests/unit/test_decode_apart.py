@@ -44,6 +44,11 @@ def suspect_of(meta, deaths=1, step="decode", **changes):
     return Suspect(meta.topic, meta.partition, meta.offset, meta.stream_id, step, deaths, **changes)
 
 
+def untimed(table):
+    """Return the rows without how long they took."""
+    return block_of([replace(row, header={**row.header, "decode_s": 0.0}) for row in rows_of(table)])
+
+
 def run(step, *segments):
     table = block_of([segment.to_row(i) for i, segment in enumerate(segments)])
     return [DecodedSegment.from_row(row) for row in rows_of(step(table))]
@@ -66,7 +71,7 @@ def test_decode_when_a_suspect_is_innocent_then_comes_out_the_same_and_its_strea
     table = block_of([segment.to_row(i) for i, segment in enumerate(segments)])
     apart = step(table)
 
-    assert apart.equals(plain(table))
+    assert untimed(apart).equals(untimed(plain(table)))
     assert step.apart.pid is not None
     assert plain.apart.pid is None
     assert [mark.in_hand for mark in marks_in(tmp_path)] == [None]
@@ -152,7 +157,7 @@ def test_decode_process_when_killed_between_two_blocks_then_says_so_and_starts_a
 
     assert (error.value.cause, error.value.hung) == ("SIGKILL", False)
     assert process.pid is None
-    assert process(block).equals(expected)
+    assert untimed(process(block)).equals(untimed(expected))
 
 
 def test_decode_process_when_closed_then_has_ended(make_step):
