@@ -6,7 +6,8 @@ Per head, with a scalar decay (Mamba-2, arXiv 2405.21060, section 6, "SSD"):
     y_t = h_t · C_t + D · x_t
 
 `ssd_scan_ref` is that recurrence, token after token. `ssd_scan` is its block form, as matrix products: inside a
-block of tokens like masked attention, between blocks by the state alone. Shapes are those of mamba_ssm:
+block of tokens like masked attention, between blocks by the state alone. On CPU, heads that decay moderately share one
+matrix of weights inside a block (`_scan_gentle`). Shapes are those of mamba_ssm:
 
     x (b, l, n_heads, head_dim) · dt (b, l, n_heads) · A (n_heads,) · B, C (b, l, n_groups, d_state)
     state (b, n_heads, head_dim, d_state)
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+STEEP = 60.0  # a head that decays by more than exp(-60) within a block; float32 ends at exp(88), and x has its share
 
 
 def ssd_scan(
@@ -143,7 +146,62 @@ def _future_mask(n: int, device: torch.device) -> Tensor:
 def _scan_block(
     x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, future: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Advance the state over q tokens with four products (Mamba-2, listing 1).
+    """Advance the state over q tokens: each head in the cheapest way that its decay allows."""
+    log_total = log_decay.transpose(1, 2).cumsum(-1)  # (b, n_heads, q), from the block's start to after each token
+    if x.device.type != "cpu":  # looking at the decays would wait for the device
+        return _scan_steep(x, dt, log_total, B, C, state, future)
+    is_steep = (log_total.detach()[..., -1] < -STEEP).any(0)  # (n_heads,)
+    n_steep = int(is_steep.sum())
+    if n_steep == 0:
+        return _scan_gentle(x, dt, log_total, B, C, state)
+    if n_steep == len(is_steep) or B.shape[2] > 1:
+        return _scan_steep(x, dt, log_total, B, C, state, future)
+    gentle, steep = (~is_steep).nonzero()[:, 0], is_steep.nonzero()[:, 0]
+    y_gentle, state_gentle = _scan_gentle(
+        x[:, :, gentle], dt[:, :, gentle], log_total[:, gentle], B, C, state[:, gentle]
+    )
+    y_steep, state_steep = _scan_steep(
+        x[:, :, steep], dt[:, :, steep], log_total[:, steep], B, C, state[:, steep], future
+    )
+    back = torch.cat([gentle, steep]).argsort()
+    return torch.cat([y_gentle, y_steep], 2)[:, :, back], torch.cat([state_gentle, state_steep], 1)[:, back]
+
+
+def _scan_gentle(
+    x: Tensor, dt: Tensor, log_total: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advance the state over q tokens with four products, for heads that decay by `STEEP` at most.
+
+    The weight of token j at token i is (C_i · B_j) · exp(L_i - L_j), where L is `log_total`. It comes apart into
+    exp(L_i) · (C_i · B_j) · exp(-L_j), and neither factor overflows. So the factors go to rows and columns, and what
+    lies between them is the same for all heads of a group: one product for all of them, instead of a matrix and an
+    exponential for each head and pair of tokens. What enters the state and what is read of it have the same factors.
+    """
+    b, q, n_heads, head_dim = x.shape
+    n_groups, d_state = B.shape[2:]
+    wide = n_heads // n_groups * head_dim
+    row = log_total.exp()  # (b, n_heads, q)
+    column = log_total.neg().exp().transpose(1, 2) * dt  # (b, q, n_heads)
+
+    C_g, B_g = _by_group(C), _by_group(B)  # (b · n_groups, q, d_state)
+    x_g = _by_group((x * column[..., None]).view(b, q, n_groups, wide))  # (b · n_groups, q, wide)
+    before = state.reshape(b * n_groups, wide, d_state)
+    scores = torch.bmm(C_g, B_g.transpose(1, 2)).tril()  # (b · n_groups, q, q); nothing from later tokens
+    y = torch.baddbmm(torch.bmm(C_g, before.transpose(1, 2)), scores, x_g)
+    y = y.view(b, n_groups, q, wide).transpose(1, 2).reshape(b, q, n_heads, head_dim)
+    after = torch.baddbmm(before, x_g.transpose(1, 2), B_g).view(b, n_heads, head_dim, d_state)
+    return y * row.transpose(1, 2)[..., None], after * row[..., -1, None, None]
+
+
+def _by_group(x: Tensor) -> Tensor:
+    """Return (b · n_groups, q, d) of (b, q, n_groups, d); for one group without a copy."""
+    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def _scan_steep(
+    x: Tensor, dt: Tensor, log_total: Tensor, B: Tensor, C: Tensor, state: Tensor, future: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advance the state over q tokens with four products, whatever the decay (Mamba-2, listing 1).
 
     Heads of a group share B and C: what involves those alone (step 1) is done once per group, and the others take a
     group's heads side by side as one wide matrix. For one group no operand needs a copy.
@@ -151,7 +209,6 @@ def _scan_block(
     b, q, n_heads, head_dim = x.shape
     n_groups, d_state = B.shape[2:]
     wide = n_heads // n_groups * head_dim
-    log_total = log_decay.transpose(1, 2).cumsum(-1)  # (b, n_heads, q), from the block's start to after each token
     x_dt = x * dt[..., None]
     C_g, B_g = C.transpose(1, 2), B.transpose(1, 2)  # (b, n_groups, q, d_state)
 

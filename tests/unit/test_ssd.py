@@ -166,6 +166,23 @@ def test_ssd_scan_when_decay_is_extreme_then_output_and_gradients_stay_finite():
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_ssd_scan_when_some_heads_decay_steeply_then_output_state_and_gradients_are_the_recurrence(n_groups):
+    inputs = scan_inputs(2, 40, 4, 8, n_groups, 16)
+    inputs["A"] = torch.tensor([-0.1, -40.0, -0.5, -9.0], dtype=torch.float64)  # over a block: exp(-1) to exp(-600)
+
+    y, state = ssd_scan(**inputs, block_tokens=16)
+    y_single, _ = ssd_scan(**{name: tensor.float() for name, tensor in inputs.items()}, block_tokens=16)
+    gradients = gradients_of(lambda leaves: ssd_scan(**leaves, block_tokens=16), inputs)
+
+    y_ref, state_ref = ssd_scan_ref(**inputs)
+    torch.testing.assert_close(y, y_ref, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(state, state_ref, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(y_single, y_ref.float(), atol=2e-4, rtol=2e-4)
+    for g, e in zip(gradients, gradients_of(lambda leaves: ssd_scan_ref(**leaves), inputs), strict=True):
+        torch.testing.assert_close(g, e, atol=1e-9, rtol=1e-9)
+
+
 def test_ssd_scan_when_input_is_bfloat16_or_autocast_then_the_state_is_computed_in_float32():
     inputs = scan_inputs(2, 20, 4, 8, 2, 16, torch.bfloat16)
     exact = {name: tensor.float() for name, tensor in inputs.items()}
