@@ -1,7 +1,7 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh machine.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-integration test-slow test-gpu chaos archive-proof fuzz lint format build clean
+.PHONY: help venv demo test test-unit test-integration test-slow test-gpu chaos archive-proof fuzz bench lint format build clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,6 +56,9 @@ archive-proof: venv  ## archive 200 videos, good and bad, in peace and killed on
 
 fuzz: venv  ## decode 10,000 damaged segments (ARGS="--help" says what else)
 	@$(BIN)/python tests/fuzz/fuzz_decode.py --keep fuzz-out $(ARGS)
+
+bench: venv  ## measure all that needs no GPU (under half an hour), and write README's table (ARGS="--only scan,ask")
+	@$(BIN)/python benchmarks $(ARGS)
 
 lint: venv  ## style, format and types, changing nothing
 	@status=0; \

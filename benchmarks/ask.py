@@ -10,10 +10,6 @@ without a pause, and eight do: answers a second, same questions, same number of 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import socket
 import statistics
 import tempfile
 import threading
@@ -23,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import openai
-import ray
+from measuring import free_port, write_result
 
 from stormline.models.loading import load_model
 from stormline.models.training.evaluate import stream_clip
@@ -36,7 +32,6 @@ from stormline.pipeline.recovery import recover
 from stormline.pipeline.settings import Settings, load_settings
 from stormline.pipeline.supervisor import embedded_ray
 
-RESULT = Path(__file__).parent / "results" / "ask.json"
 BEGIN_NS = 1_790_000_000 * 10**9
 CHUNK_NS = 2 * 10**9
 CHUNKS = {"ten hours": 18_000, "one minute": 30}
@@ -119,12 +114,6 @@ def answers_per_s(ask: Questioner, n_questioners: int, seconds: float) -> float:
     return sum(counts) / (time.monotonic() - began_s)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
@@ -149,11 +138,8 @@ def main() -> None:
                 for _ in range(2):  # in turns: these machines are not quiet
                     for n, series in rates.items():
                         series.append(answers_per_s(ask, n, options.seconds / 2))
-        version = ray.__version__
     one, eight = (statistics.mean(rates[n]) for n in (1, 8))
     report = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "ray": version,
         "budget_tokens": BUDGET_TOKENS,
         "first_token_ms": {stream: round(s * 1e3, 1) for stream, s in medians.items()},
         "ten_hours_over_one_minute": round(medians["ten hours"] / medians["one minute"], 3),
@@ -161,11 +147,8 @@ def main() -> None:
         "answers_per_s": {"one questioner": round(one, 2), "eight questioners": round(eight, 2)},
         "eight_over_one": round(eight / one, 2),
         "goal_eight_over_one": 4.0,
-        "load_average": os.getloadavg()[0],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_result("ask", report, ["ray"])
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ things about the results: how many there are, and those of one stream in which a
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+from measuring import write_result
 
 from stormline.operators.rows import Chunk, Position, Result
 from stormline.pipeline.compaction import Compaction, CompactionSpec, total
@@ -28,7 +26,6 @@ from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.token_files import TokenFiles
 
-RESULT = Path(__file__).parent / "results" / "compact.json"
 BEGIN_NS = 1_790_000_000 * 10**9
 COMMIT_NS = 2 * 10**9
 STREAMS = 4  # a result and a chunk of each in every epoch
@@ -103,8 +100,6 @@ def main() -> None:
     assert answers_before == answers_after
     done = total(report.dates)
     result: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "duckdb": duckdb.__version__,
         "files_before": done.files_before,
         "files_after": done.files_after,
         "bytes_before": done.bytes_before,
@@ -115,10 +110,8 @@ def main() -> None:
         "before_over_after": {name: round(before[name] / after[name], 1) for name in QUERIES},
         "tokens_first_look_ms": {"before": look_before, "after": look_after},
         "tokens_first_look_before_over_after": round(look_before / look_after, 1),
-        "load_average": os.getloadavg()[0],
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    write_result("compact", result, ["duckdb"])
 
 
 if __name__ == "__main__":

@@ -15,19 +15,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from measuring import in_turns, write_result
 
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.decode import decode_segment
@@ -36,7 +31,6 @@ from stormline.operators.rows import SegmentMeta
 from stormline.operators.sampling import GridSpec
 from stormline.pipeline.commands.demo import street_video
 
-RESULT = Path(__file__).parent / "results" / "decode.json"
 SECONDS, FPS, GRID_FPS, SIDE_PX = 10, 24, 2, 224
 GOAL = 0.9
 CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
@@ -124,26 +118,11 @@ def peers() -> dict[str, Callable[[bytes], int]]:
     return found
 
 
-def in_turns(works: dict[str, Callable[[], int]], rounds: int) -> dict[str, tuple[float, int]]:
-    """Return each work's median seconds and its frames."""
-    took: dict[str, list[float]] = {name: [] for name in works}
-    counts = {}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            began_s = time.perf_counter()
-            counts[name] = work()
-            if turn:
-                took[name].append(time.perf_counter() - began_s)
-    return {name: (statistics.median(series), counts[name]) for name, series in took.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "av": av.__version__,
         "sampled_fps": GRID_FPS,
         "frame_px": SIDE_PX,
         "goal_ours_over_bare": GOAL,
@@ -155,14 +134,12 @@ def main() -> None:
             data = encode(frames, encoder)
             works = {"ours": lambda d=data: ours(d), "PyAV": lambda d=data: bare(d)}
             works |= {name: (lambda d=data, w=work: w(d)) for name, work in peers().items()}
-            found = in_turns(works, options.rounds)
-            told = {name: round(n / s, 1) for name, (s, n) in found.items()}
+            counts = {name: work() for name, work in works.items()}
+            told = {name: round(counts[name] / s, 1) for name, s in in_turns(works, options.rounds).items()}
             ratio = round(told["ours"] / told["PyAV"], 2)
             report["segments"][f"{size}, {codec}"] = {"sampled_frames_per_s": told, "ours_over_bare": ratio}
             print(f"{size}, {codec}: {told}, ours over PyAV {ratio}", flush=True)
-    report["load_average"] = os.getloadavg()[0]
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    write_result("decode", report, ["av"])
 
 
 if __name__ == "__main__":

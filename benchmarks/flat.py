@@ -14,18 +14,13 @@ chunk; and keep all tokens and read them all for every question, as far as the l
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from measuring import median_s, write_result
 
 from stormline.models.generation import generate_answers
 from stormline.models.loading import LoadedModel, load_model
@@ -33,20 +28,9 @@ from stormline.models.prompts import VideoPrompt
 from stormline.models.selection import VideoChunk
 from stormline.models.storm import StreamState
 
-RESULT = Path(__file__).parent / "results" / "flat.json"
 WINDOW_FRAMES, BUDGET_TOKENS, WORDS = 128, 512, 16
 GOAL = 1.05
 LENGTHS = (8, 32, 128, 256)  # chunks, for the two others' curves
-
-
-def median_s(work: Callable[[], Any], tries: int = 7) -> float:
-    took = []
-    for turn in range(tries + 1):
-        began_s = time.perf_counter()
-        work()
-        if turn:
-            took.append(time.perf_counter() - began_s)
-    return statistics.median(took)
 
 
 @torch.inference_mode()
@@ -64,7 +48,7 @@ def ask_s(loaded: LoadedModel, n_tokens: int) -> float:
     tokens = rng.standard_normal((n_tokens // 16, 16, loaded.model.config.d_model)).astype(np.float16)
     chunks = tuple(VideoChunk(2.0 * i, 2.0 * i + 2, each) for i, each in enumerate(tokens))
     prompt = VideoPrompt("Describe what happens.", chunks, max_new_tokens=WORDS)
-    return median_s(lambda: generate_answers(loaded.model, loaded.processor, [prompt]), tries=3)
+    return median_s(lambda: generate_answers(loaded.model, loaded.processor, [prompt]), rounds=3)
 
 
 def main() -> None:
@@ -88,17 +72,15 @@ def main() -> None:
     took: dict[int, list[float]] = {index: [] for index in states}
     for _ in range(30):  # in turns: these machines are not quiet
         for index, before in states.items():
-            took[index].append(median_s(lambda before=before: model.encode_chunks(frames, [before]), tries=1))
+            took[index].append(median_s(lambda before=before: model.encode_chunks(frames, [before]), rounds=1))
     chunk_ms = {index: statistics.median(series) * 1e3 for index, series in took.items()}
     state_bytes = {index: sum(t.nbytes for t in s.temporal.to_tensors().values()) for index, s in states.items()}
     window = np.random.default_rng(0).integers(0, 255, (WINDOW_FRAMES, side, side, 3), np.uint8)
-    window_ms = median_s(lambda: model.encode_clip(window), tries=3) * 1e3
+    window_ms = median_s(lambda: model.encode_clip(window), rounds=3) * 1e3
     question_ms = ask_s(loaded, BUDGET_TOKENS) * 1e3
     everything = {n: ask_s(loaded, n * 16) * 1e3 for n in LENGTHS}
     first, last = min(chunk_ms), max(chunk_ms)
     report = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "torch": torch.__version__,
         "chunk_ms": {str(k): round(v, 3) for k, v in chunk_ms.items()},
         "state_bytes": {str(k): v for k, v in state_bytes.items()},
         "last_over_first": {
@@ -115,11 +97,8 @@ def main() -> None:
             f"ours, {BUDGET_TOKENS} tokens at any length": round(question_ms, 1),
             **{f"all tokens of {n * size / 2:.0f} s": round(ms, 1) for n, ms in everything.items()},
         },
-        "load_average": os.getloadavg()[0],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_result("flat", report, ["torch"])
 
 
 if __name__ == "__main__":

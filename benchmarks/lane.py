@@ -1,41 +1,42 @@
-"""One lane with a null encoder: rows a second through source, decode pool, encode, annotate; and its limit.
+"""One lane: rows a second through source, decode pool, encode, annotate; without a model and with it; and the limit.
 
     python benchmarks/lane.py [--segments 400]
 
 Publishes bikes.mp4 in segments of a second to an embedded broker, then counts the rows that reach the commit of a
-lane whose encode and annotate steps hand their rows on. Beside it, in the same run, the limit: one process that
-decodes the same segments with the same code, times the number of decoders or of cores, whichever is smaller.
+lane whose encode and annotate steps hand their rows on; then those of a lane that encodes with the built-in model. A
+segment is a second of a stream at 2 fps, so the latter is also how many live streams a lane keeps up with. Beside it,
+in the same run, the limit: one process that decodes the same segments with the same code, times the number of decoders
+or of cores, whichever is smaller; and for the lane with the model, one that decodes and encodes, times the cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import pyarrow as pa
 import ray
+from measuring import write_result
 from ray.data import DataContext
 
 from stormline.infra.broker import EmbeddedBroker
 from stormline.operators.decode import Decode
-from stormline.operators.rows import Segment
+from stormline.operators.encode import Encode
+from stormline.operators.rows import Segment, block_of, rows_of
+from stormline.operators.sampling import GridSpec
 from stormline.pipeline.commands.demo import street_video
 from stormline.pipeline.endless_dataset import actor_step, build_dataset, lane_context
 from stormline.pipeline.kafka_source import KafkaSource, SourcePlan, list_partitions, read_forever
-from stormline.pipeline.lane import ANNOTATE_CPUS, DECODE_CPUS, ENCODE_CPUS, iter_rows
+from stormline.pipeline.lane import ANNOTATE_CPUS, DECODE_CPUS, ENCODE_CPUS, LoadFromSettings, iter_rows
 from stormline.pipeline.publish.publisher import publish_source
 from stormline.pipeline.settings import load_settings
 
 GOAL_ROWS_PER_S = 40
 FRAME_HW = (64, 64)
 DECODERS = 2
-RESULT = Path(__file__).parent / "results" / "lane.json"
 
 
 class HandOn:
@@ -64,20 +65,42 @@ def publish(bootstrap: str, n_segments: int) -> None:
     )
 
 
-def decode_alone(plan: SourcePlan, n_segments: int) -> float:
-    """Return the segments a second that one process decodes."""
-    from stormline.operators.rows import rows_of
-
-    rows = (row for table in read_forever(plan) for row in rows_of(table) if row.kind == Segment.KIND)
-    segments = [next(rows) for _ in range(min(100, n_segments))]
+def alone(plan: SourcePlan, n_segments: int) -> tuple[float, float]:
+    """Return the segments a second that one process decodes, and that it decodes and encodes."""
+    rows = []
+    for table in read_forever(plan):
+        rows += rows_of(table)
+        n_read = sum(row.kind == Segment.KIND for row in rows)
+        if n_read >= min(100, n_segments):
+            break
     decode = Decode(fps=Fraction(2), frame_hw=FRAME_HW)
     began_s = time.perf_counter()
-    for row in segments:
-        decode.decode_row(row)
-    return len(segments) / (time.perf_counter() - began_s)
+    decoded = [decode.decode_row(row) if row.kind == Segment.KIND else row for row in rows]
+    decode_s = time.perf_counter() - began_s
+    encode = encoder()
+    began_s = time.perf_counter()
+    for row in decoded:
+        list(encode(block_of([row])))
+    encode_s = time.perf_counter() - began_s
+    return n_read / decode_s, n_read / (decode_s + encode_s)
 
 
-def through_lane(plan: SourcePlan, n_segments: int) -> float:
+def encoder() -> Encode:
+    """Return the step with the built-in model."""
+    return Encode(load=LoadFromSettings(load_settings(None).model), grid=GridSpec(Fraction(2), 2 * 10**9), threads=1)
+
+
+class EncodeHere:
+    """The encode step, built where it runs."""
+
+    def __init__(self) -> None:
+        self._encode = encoder()
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        yield from self._encode(table)
+
+
+def through_lane(plan: SourcePlan, n_segments: int, encode: type) -> float:
     """Return the segments a second through the lane, from its first to its last."""
     lane_context(DataContext.get_current())
     dataset = build_dataset(
@@ -86,7 +109,7 @@ def through_lane(plan: SourcePlan, n_segments: int) -> float:
             "decode": actor_step(
                 Decode, {"fps": Fraction(2), "frame_hw": FRAME_HW}, size=DECODERS, num_cpus=DECODE_CPUS
             ),
-            "encode": actor_step(HandOn, {}, num_cpus=ENCODE_CPUS),
+            "encode": actor_step(encode, {}, num_cpus=ENCODE_CPUS),
             "annotate": actor_step(HandOnAsync, {}, calls=32, num_cpus=ANNOTATE_CPUS),
         },
     )
@@ -109,7 +132,7 @@ def main() -> None:
         publish(broker.bootstrap_servers, n_segments)
         settings = load_settings(None, [f"kafka.bootstrap_servers={broker.bootstrap_servers}"])
         plan = SourcePlan(settings.kafka, tuple(list_partitions(settings.kafka)), {})
-        alone = decode_alone(plan, n_segments)
+        decoding, encoding = alone(plan, n_segments)
         ray.init(
             address="local",
             num_cpus=4,
@@ -118,22 +141,23 @@ def main() -> None:
             logging_level="ERROR",
             object_store_memory=512 << 20,
         )
-        rate = through_lane(plan, n_segments)
+        rate = through_lane(plan, n_segments, HandOn)
+        with_model = through_lane(plan, n_segments, EncodeHere)
         ray.shutdown()
-    limit = alone * min(DECODERS, os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
     report = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "ray": ray.__version__,
         "segments": n_segments,
         "lane_rows_per_s": round(rate, 1),
         "goal_rows_per_s": GOAL_ROWS_PER_S,
-        "decode_alone_rows_per_s": round(alone, 1),
-        "lane_over_decode_limit": round(rate / limit, 3),
-        "load_average_before": os.getloadavg()[1],
+        "decode_alone_rows_per_s": round(decoding, 1),
+        "lane_over_decode_limit": round(rate / (decoding * min(DECODERS, cores)), 3),
+        "with_model": {
+            "live_streams": round(with_model, 1),
+            "decode_and_encode_alone_rows_per_s": round(encoding, 1),
+            "lane_over_limit": round(with_model / (encoding * cores), 3),
+        },
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_result("lane", report, ["ray", "av"])
 
 
 if __name__ == "__main__":

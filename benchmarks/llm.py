@@ -10,25 +10,18 @@ video is another for each prompt, then the same for all.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from measuring import in_turns, write_result
 
 from stormline.models.generation import check_prompt, generate_answers
 from stormline.models.loading import LoadedModel, load_model
 from stormline.models.prompts import VideoPrompt
 from stormline.models.selection import VideoChunk
 
-RESULT = Path(__file__).parent / "results" / "llm.json"
 REQUESTS = (1, 4, 16)
 STATIC_BATCH = 8
 N_CHUNKS, CHUNK_TOKENS = 16, 16
@@ -58,25 +51,13 @@ def by_generate(loaded: LoadedModel, prompts: Sequence[VideoPrompt], batch: int)
         model.generate(ids, video_tokens=video, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0)
 
 
-def seconds(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Return each work's median seconds, in turns."""
-    took: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            began_s = time.perf_counter()
-            work()
-            if turn:
-                took[name].append(time.perf_counter() - began_s)
-    return {name: statistics.median(series) for name, series in took.items()}
-
-
 def measure(loaded: LoadedModel, n: int, rounds: int, *, same_video: bool) -> dict[str, float]:
     """Return tokens a second of each way, and the ratios."""
     prompts = make_prompts(loaded, n, same_video=same_video)
     written = sum(answer.generated_tokens for answer in generate_answers(loaded.model, loaded.processor, prompts))
     asked = sum(prompt.max_new_tokens for prompt in prompts)
     with torch.inference_mode():
-        took = seconds(
+        took = in_turns(
             {
                 "ours": lambda: generate_answers(loaded.model, loaded.processor, prompts),
                 "one by one": lambda: by_generate(loaded, prompts, 1),
@@ -99,21 +80,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = load_model(None, device="cpu")
-    report: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": options.threads,
-        "static_batch": STATIC_BATCH,
-    }
+    report: dict[str, Any] = {"threads": options.threads, "static_batch": STATIC_BATCH}
     for name, same in (("each its own video", False), ("the same video", True)):
         report[name] = {}
         for n in REQUESTS:
             report[name][str(n)] = told = measure(loaded, n, options.rounds, same_video=same)
             print(f"{name}, {n} requests: {told}", flush=True)
-    report["load_average"] = os.getloadavg()[0]
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
+    write_result("llm", report, ["torch", "transformers"])
 
 
 if __name__ == "__main__":

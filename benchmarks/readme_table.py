@@ -1,0 +1,212 @@
+"""README's table of measurements, made from `results/*.json`: no figure stands there that was not measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- made by `make bench` -->\n", "<!-- until here -->\n"
+Rows = Iterator[tuple[str, str, str]]  # what was measured, what came out, the goal or limit
+
+
+def of_scan(d: dict[str, Any]) -> Rows:
+    """One row for the scan by itself and one for the layer, at STORM's size and at the built-in model's."""
+    cases = ("STORM's vision width, 4 frames", "STORM's vision width, 1 frame of a live stream")
+    for part in ("scan", "layer"):
+        told = [d[part][case] for case in cases]
+        faster = " and ".join(f"{each['over transformers']:.1f}" for each in told)
+        trains = " and ".join(f"{each['training, over transformers']:.1f}" for each in told)
+        share = " and ".join(f"{each['of its matrix products']:.0%}" for each in told)
+        what = "Mamba-2 scan alone" if part == "scan" else "whole Mamba-2 layer, whose projections are alike"
+        yield (
+            f"{what}, width 1152, 4 frames and 1 frame of 256 tokens, state in and out: over transformers' own",
+            f"{faster} times; training {trains}",
+            f"5 times, training 3; {share} of the speed of its matrix products alone (60 %)",
+        )
+
+
+def of_encode(d: dict[str, Any]) -> Rows:
+    """The encoder's own speed."""
+    one = d["streams"]["1"]
+    share, gain = one["of its matrix products"], d["streams"]["32"]["a batch over one by one"]
+    yield (
+        "encoder of the built-in model: live streams at 2 fps that one core encodes",
+        f"{one['live_streams_a_core']:.0f} ({one['chunk_ms']:.1f} ms a chunk of 2 s)",
+        f"{share:.0%} of its matrix products alone; 32 streams as one batch: {gain:.2f} times",
+    )
+
+
+def of_lane(d: dict[str, Any]) -> Rows:
+    """One lane on all cores."""
+    yield (
+        "one lane without a model, segments of 1 s decoded from 640×272",
+        f"{d['lane_rows_per_s']:.0f} rows a second",
+        f"{d['goal_rows_per_s']}; {d['lane_over_decode_limit']:.0%} of decoding alone on all cores",
+    )
+    if m := d.get("with_model"):
+        yield (
+            "one lane with the built-in model: live streams it keeps up with",
+            f"{m['live_streams']:.0f}",
+            f"{m['lane_over_limit']:.0%} of decoding and encoding alone on all cores",
+        )
+
+
+def of_flat(d: dict[str, Any]) -> Rows:
+    """What length costs."""
+    last = max(map(int, d["chunk_ms"]))
+    anew = next(value for key, value in d.items() if key.startswith("encode the newest"))
+    yield (
+        f"a stream's chunk {last:,} against its 10th: time, bytes of state",
+        f"{d['last_over_first']['time']:.2f}, {d['last_over_first']['state']:.2f} times",
+        f"{d['goal_last_over_first']}; encoding the newest 128 frames anew costs {anew['over ours']:.0f} times as much",
+    )
+
+
+def of_gpu(d: dict[str, Any]) -> Rows:
+    """STORM's headline."""
+    told = {each["frames"]: each for each in d["headline"]}
+    faster = "; ".join(" and ".join(f"{f:.1f}" for f in told[n]["faster"]) for n in (128, 256))
+    paper = "; ".join(" and ".join(f"{f:.1f}" for f in told[n]["faster_in_the_paper"]) for n in (128, 256))
+    yield (
+        f"from 128; 256 frames to 16 words with 4 and 8 times fewer tokens, a small random model ({d['device']})",
+        f"{faster} times as fast",
+        f"STORM's paper, a 7B model on one A100: {paper}",
+    )
+
+
+def of_llm(d: dict[str, Any]) -> Rows:
+    """The language model by itself."""
+    own, same = d["each its own video"], d["the same video"]
+    yield (
+        "answers of 8 to 48 tokens about video, 1, 4 and 16 at once: tokens a second over `generate` one by one",
+        ", ".join(f"{own[n]['over one by one']:.1f}" for n in ("1", "4", "16")) + " times",
+        "about the same video: " + ", ".join(f"{same[n]['over one by one']:.1f}" for n in ("1", "4", "16"))
+        + f"; 16 over static batches of {d['static_batch']}: {own['16']['over static batches']:.1f}",
+    )  # fmt: skip
+
+
+def of_kafka_source(d: dict[str, Any]) -> Rows:
+    """The source by itself."""
+    told = d["messages"]
+    yield (
+        f"Kafka source, messages of {', '.join(told)}: against a bare poll loop",
+        ", ".join(f"{each['ours_over_bare']:.2f}" for each in told.values()),
+        f"{d['goal_ours_over_bare']}; over `ray.data.read_kafka` without its start: "
+        + ", ".join(f"{each['ours_over_ray_without_its_start']:.1f}" for each in told.values()),
+    )
+    yield "from sending a message to its row", f"{d['latency_ms']['p50']:.0f} ms median", "a poll waits 50 ms at most"
+
+
+def of_decode(d: dict[str, Any]) -> Rows:
+    """Decoding by itself."""
+    ratios = [each["ours_over_bare"] for each in d["segments"].values()]
+    yield (
+        "decoding to sampled frames, H.264, HEVC, VP9 at two sizes: against bare PyAV",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        f"{d['goal_ours_over_bare']}",
+    )
+
+
+def of_soak(d: dict[str, Any]) -> Rows:
+    """Minutes of live streams."""
+    yield (
+        f"{d['streams']} live streams, {d['minutes']:.0f} minutes: from Kafka to the token store; to a committed row",
+        f"{d['pushed_p50_ms'] / 1e3:.2f} s median, {d['pushed_p95_ms'] / 1e3:.2f} s for 95 %; "
+        f"{d['committed_p50_ms'] / 1e3:.1f} and {d['committed_p95_ms'] / 1e3:.1f} s",
+        f"a commit every {d['barrier_interval_s']:.0f} s",
+    )
+
+
+def of_ask(d: dict[str, Any]) -> Rows:
+    """Asking over HTTP."""
+    yield (
+        "a question about ten hours of a stream, against one about a minute: time to the first token, same budget",
+        f"{d['ten_hours_over_one_minute']:.2f} times",
+        f"{d['goal_ten_hours_over_one_minute']}",
+    )
+    one, eight = d["answers_per_s"]["one questioner"], d["answers_per_s"]["eight questioners"]
+    yield (
+        "eight people who ask without a pause, against one: answers of 24 tokens a second",
+        f"{eight:.0f} and {one:.0f}",
+        f"{d['goal_eight_over_one']:.0f} times; {d['eight_over_one']:.1f}",
+    )
+
+
+def of_alerts(d: dict[str, Any]) -> Rows:
+    """A standing alert."""
+    p50, p95 = d["event_to_webhook_p50_s"], d["event_to_webhook_p95_s"]
+    yield (
+        f"an alert on the generated feed, windows of {d['window_s']:.0f} s: from the event's frame to the webhook",
+        f"{p50:.1f} s median, {p95:.1f} s for 95 %",
+        f"precision {d['precision']:.1%}, recall {d['recall']:.1%}",
+    )
+
+
+def of_compact(d: dict[str, Any]) -> Rows:
+    """Few large files."""
+    before, after = d["query_ms_before"], d["query_ms_after"]
+    yield (
+        f"DuckDB counts, and filters, {d['files_before'] // 2:,} commits before and after `stormline compact`",
+        f"{before['count']:.0f} and {before['filter']:.0f} ms; {after['count']:.0f} and {after['filter']:.0f} ms",
+        f"compacting took {d['compact_s']:.0f} s",
+    )
+
+
+def of_chaos(d: dict[str, Any]) -> Rows:
+    """Kills."""
+    yield (
+        f"{d['faults']} kills, pauses and failed writes from {len(d['seeds'])} seeds: rows lost, doubled or other",
+        str(d["rows_lost_doubled_or_other"]),
+        "0",
+    )
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "lane": of_lane,
+    "soak": of_soak,
+    "soak-8-streams": of_soak,
+    "flat": of_flat,
+    "ask": of_ask,
+    "alerts": of_alerts,
+    "chaos": of_chaos,
+    "compact": of_compact,
+    "encode": of_encode,
+    "scan": of_scan,
+    "decode": of_decode,
+    "kafka_source": of_kafka_source,
+    "llm": of_llm,
+    "gpu-cpu-x86-64": of_gpu,
+}
+
+
+def lines() -> Iterator[str]:
+    """Yield the table's lines, of the results that are there."""
+    yield "| | measured | goal, limit or peer |"
+    yield "|---|---|---|"
+    for name, rows_of in ROWS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            for row in rows_of(json.loads(path.read_text())):
+                yield f"| {' | '.join(row)} |"
+
+
+def write() -> None:
+    """Put the table into README, between its two marks.
+
+    Raises:
+        ValueError: If README has not both of them.
+    """
+    text = README.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README} has not the marks {BEGIN.strip()} and {END.strip()}, once each")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(before + BEGIN + "\n".join(lines()) + "\n" + END + after)
+
+
+if __name__ == "__main__":
+    write()
