@@ -119,6 +119,14 @@ def of_soak(d: dict[str, Any]) -> Rows:
         f"{d['committed_p50_ms'] / 1e3:.1f} and {d['committed_p95_ms'] / 1e3:.1f} s",
         f"a commit every {d['barrier_interval_s']:.0f} s",
     )
+    if "all" in d["memory"]:
+        whole, lane = d["memory"]["all"], d["memory"]["lane"]
+        yield (
+            "memory of that whole job, Ray included, and of the lane's process: after the first minute, at the end",
+            f"{whole['after_a_minute_mb'] / 1e3:.2f} and {whole['at_the_end_mb'] / 1e3:.2f} GB; "
+            f"{lane['after_a_minute_mb']:.0f} and {lane['at_the_end_mb']:.0f} MB",
+            f"{d['restarts']} restarts",
+        )
 
 
 def of_ask(d: dict[str, Any]) -> Rows:
@@ -143,6 +151,23 @@ def of_alerts(d: dict[str, Any]) -> Rows:
         f"an alert on the generated feed, windows of {d['window_s']:.0f} s: from the event's frame to the webhook",
         f"{p50:.1f} s median, {p95:.1f} s for 95 %",
         f"precision {d['precision']:.1%}, recall {d['recall']:.1%}",
+    )
+
+
+def of_archive_folder(d: dict[str, Any]) -> Rows:
+    """A folder of all kinds of files, good and bad, in peace and under kills."""
+    kills = sum(start["killed"] != "no" for start in d["starts_under_kills"])
+    yield (
+        f"an archive of {d['files']} files, {len(d['containers'])} containers, {len(d['codecs'])} codecs, {kills} kills: "
+        "rows that differ from those of a run in peace",
+        str(len(d["differences"])),
+        f"0; {d['states']['done']} done, {d['states']['failed'] + d['states']['damaged']} bad ones listed, as they should",
+    )
+    short, long = (d["memory"][key]["peak_mb"] / 1e3 for key in ("600 s", "7200 s"))
+    yield (
+        "memory of an archive's whole job, Ray and both models included, with a video of ten minutes and of two hours",
+        f"{short:.2f} and {long:.2f} GB at most",
+        "no growth with length",
     )
 
 
@@ -174,6 +199,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "alerts": of_alerts,
     "chaos": of_chaos,
     "compact": of_compact,
+    "archive_folder": of_archive_folder,
     "encode": of_encode,
     "scan": of_scan,
     "decode": of_decode,
