@@ -7,6 +7,8 @@ decoder gets the same bytes and gives frames on the same 2 fps grid at the model
 
     ours        `decode_segment`: times, sampling, damage counted, limits, resizing by swscale's exact paths
     PyAV        demux, decode, and resize those frames that are the last before a grid time; the limit
+    PyAV, no unreferenced; keyframes alone   the same with a decoder that skips: what could be had where the frames on
+                the grid are not among those skipped. Other frames come out, so these are no peers of ours
     decord, torchcodec   where they are installed: they seek to the frames and resize themselves
 """
 
@@ -34,6 +36,7 @@ from stormline.pipeline.commands.demo import street_video
 SECONDS, FPS, GRID_FPS, SIDE_PX = 10, 24, 2, 224
 GOAL = 0.9
 CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
+SKIPS = {"PyAV, no unreferenced": "NONREF", "PyAV, keyframes alone": "NONKEY"}
 SIZES = {"street 1280x544": (544, 1280), "generated 640x360": (360, 640)}
 
 
@@ -76,12 +79,13 @@ def ours(data: bytes) -> int:
     return len(decode_segment(data, meta, grid=grid, frame_hw=(SIDE_PX, SIDE_PX)).frames)
 
 
-def bare(data: bytes) -> int:
-    """Return how many frames PyAV gives on the same grid, with nothing around it."""
+def bare(data: bytes, skip: str = "DEFAULT") -> int:
+    """Return how many frames PyAV gives on the same grid, with nothing around it, of those that are not skipped."""
     reformatter, found, last, due_s = VideoReformatter(), [], None, 0.0
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         stream.thread_count, stream.thread_type = 1, "NONE"
+        stream.codec_context.skip_frame = skip
         base = float(stream.time_base or 0)
         for frame in container.decode(stream):
             while last is not None and frame.pts * base > due_s:
@@ -133,6 +137,7 @@ def main() -> None:
         for codec, encoder in CODECS.items():
             data = encode(frames, encoder)
             works = {"ours": lambda d=data: ours(d), "PyAV": lambda d=data: bare(d)}
+            works |= {name: (lambda d=data, s=skip: bare(d, s)) for name, skip in SKIPS.items()}
             works |= {name: (lambda d=data, w=work: w(d)) for name, work in peers().items()}
             counts = {name: work() for name, work in works.items()}
             told = {name: round(counts[name] / s, 1) for name, s in in_turns(works, options.rounds).items()}

@@ -158,10 +158,10 @@ def of_archive_folder(d: dict[str, Any]) -> Rows:
     """A folder of all kinds of files, good and bad, in peace and under kills."""
     kills = sum(start["killed"] != "no" for start in d["starts_under_kills"])
     yield (
-        f"an archive of {d['files']} files, {len(d['containers'])} containers, {len(d['codecs'])} codecs, {kills} kills: "
-        "rows that differ from those of a run in peace",
+        f"an archive of {d['files']} files in {len(d['containers'])} containers and {len(d['codecs'])} codecs, {kills} kills: "
+        "rows that differ from a run in peace",
         str(len(d["differences"])),
-        f"0; {d['states']['done']} done, {d['states']['failed'] + d['states']['damaged']} bad ones listed, as they should",
+        f"0; {d['states']['done']} done, {d['states']['failed'] + d['states']['damaged']} bad ones listed",
     )
     short, long = (d["memory"][key]["peak_mb"] / 1e3 for key in ("600 s", "7200 s"))
     yield (
