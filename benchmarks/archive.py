@@ -173,6 +173,12 @@ def medians(series: list[Took]) -> Took:
     return Took(statistics.median(t.wall_s for t in series), statistics.median(t.cpu_s for t in series))
 
 
+def startup_spread_s(startup: list[Took], took: list[Took]) -> float:
+    """Return the least seconds of work that start-up does not hide: a quarter of the whole, or what start-up varies by."""
+    walls = [one.wall_s for one in startup]
+    return max(max(walls) - min(walls), statistics.median(one.wall_s for one in took) / 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--videos", type=int, default=16)
@@ -217,6 +223,9 @@ def main() -> None:
     speed = {name: video_s / statistics.median(series) for name, series in alone.items()}
     slowest = min(("decode", "encode", "llm"), key=lambda name: speed[name])
     work = {way: medians(took[way]) - medians(startup[way]) for way in ways}
+    unclear = [way for way in ways if work[way].wall_s < startup_spread_s(startup[way], took[way])]
+    if unclear:
+        raise SystemExit(f"{', '.join(unclear)}: start-up takes most of the time; more --videos, or a quieter machine")
     stages_cpu_s = sum(video_s / speed[name] for name in ("decode", "encode", "llm"))
     report: dict[str, Any] = {
         "machine": f"{n_cores} cores, {platform.machine()}",
