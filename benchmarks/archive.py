@@ -174,7 +174,7 @@ def medians(series: list[Took]) -> Took:
 
 
 def startup_spread_s(startup: list[Took], took: list[Took]) -> float:
-    """Return the least seconds of work that start-up does not hide: a quarter of the whole, or what start-up varies by."""
+    """Return the least seconds of work that start-up does not hide: a quarter of the whole, or how much it varies."""
     walls = [one.wall_s for one in startup]
     return max(max(walls) - min(walls), statistics.median(one.wall_s for one in took) / 4)
 
