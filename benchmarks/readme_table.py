@@ -158,8 +158,8 @@ def of_archive_folder(d: dict[str, Any]) -> Rows:
     """A folder of all kinds of files, good and bad, in peace and under kills."""
     kills = sum(start["killed"] != "no" for start in d["starts_under_kills"])
     yield (
-        f"an archive of {d['files']} files in {len(d['containers'])} containers and {len(d['codecs'])} codecs, {kills} kills: "
-        "rows that differ from a run in peace",
+        f"an archive of {d['files']} files in {len(d['containers'])} containers and {len(d['codecs'])} codecs, "
+        f"{kills} kills: rows that differ from a run in peace",
         str(len(d["differences"])),
         f"0; {d['states']['done']} done, {d['states']['failed'] + d['states']['damaged']} bad ones listed",
     )
