@@ -18,6 +18,7 @@ from .commands.eval import evaluate_model
 from .commands.export import export
 from .commands.import_model import import_model
 from .commands.publish import publish
+from .commands.report import report
 from .commands.results import results
 from .commands.run import run
 from .commands.search import search
@@ -34,7 +35,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, broker, publish, run, archive, results, search, ask, watch, serve, export, compact, train):
+for command in (
+    demo,
+    broker,
+    publish,
+    run,
+    archive,
+    results,
+    search,
+    ask,
+    watch,
+    serve,
+    export,
+    report,
+    compact,
+    train,
+):
     app.command()(command)
 app.command("import")(import_model)
 app.command("eval")(evaluate_model)

@@ -6,6 +6,7 @@ import asyncio
 
 from ...models.prompts import VideoAnswer, VideoPrompt
 from ...operators.annotate import Ask
+from ...operators.busy_time import BusyTime
 
 
 class AskTogether:
@@ -21,6 +22,7 @@ class AskTogether:
 
     def __init__(self, ask: Ask, n_together: int, wait_s: float):
         self._ask, self._n_together, self._wait_s = ask, n_together, wait_s
+        self.asking = BusyTime()  # without the time that questions are held back
         self._n_held = 0
         self._go: asyncio.Event | None = None  # of those that are held now
 
@@ -34,7 +36,8 @@ class AskTogether:
         if self._n_held >= self._n_together:
             self._let_go(go)
         await go.wait()
-        return await self._ask(prompt)
+        with self.asking:
+            return await self._ask(prompt)
 
     def _let_go(self, go: asyncio.Event) -> None:
         go.set()

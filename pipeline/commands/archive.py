@@ -213,8 +213,26 @@ def _end(console: Console, progress: ArchiveProgress, status: RunStatus | None, 
     console.print(summary_table(progress, status, now, path))
     for line in failure_lines(now):
         console.print(f"[red]failed[/] {escape(line)}", soft_wrap=True)
+    _write_report(console, progress, root)
     states = count_states(now)
     if states["waiting"]:
         sys.exit(EXIT_UNFINISHED)
     if states["failed"]:
         sys.exit(EXIT_FAILED_VIDEOS)
+
+
+def _write_report(console: Console, progress: ArchiveProgress, root: Path) -> None:
+    """Write the report; the run is over, and does not fail for it."""
+    from rich.markup import escape
+
+    from ...operators.errors import StormlineError
+    from ..archive.report import write_report
+    from ..result_index import open_result_index
+
+    try:
+        with open_result_index(root) as index:
+            path = write_report(root, index, tell=progress.phase)
+    except (StormlineError, OSError) as error:
+        console.print(f"[red]no report[/] {escape(str(error))}; try `stormline report {escape(str(root))}`")
+        return
+    console.print(f"[dim]report[/]  {escape(str(path))}", soft_wrap=True)
