@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,11 +24,10 @@ import threading
 import time
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
-import ray
+from measuring import write_result
 
 from stormline.infra.broker import EmbeddedBroker
 from stormline.models.training.questions import WindowView
@@ -38,7 +35,6 @@ from stormline.models.training.shapes import ShapesWorld, parse_shapes_url
 from stormline.pipeline.settings import Settings
 from stormline.pipeline.supervisor import RunStatus, Supervisor
 
-RESULT = Path(__file__).parent / "results" / "alerts.json"
 PROMPT, KIND = "Does anything appear?", "appears"
 FEED = "shapes:?seed={seed}&size=256&fps=10&edges=leave"
 FIRST_SEED = 9_000
@@ -189,8 +185,6 @@ def run(minutes: float, n_streams: int, window_s: float, model: str | None) -> d
     cuts = statistics.quantiles(latencies, n=20) if len(latencies) > 1 else [0.0] * 19
     judged = total["alerts_right"] + total["alerts_wrong"]
     return {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "ray": ray.__version__,
         "model": status.model_name,
         "model_trained": status.model_trained,
         "prompt": PROMPT,
@@ -208,7 +202,6 @@ def run(minutes: float, n_streams: int, window_s: float, model: str | None) -> d
         "posts_repeated": receiver.posts - len(receiver.got),
         "restarts": status.restarts,
         "committed_p50_ms": round(status.commit_p50_ms),
-        "load_average": os.getloadavg()[1],
     }
 
 
@@ -219,10 +212,7 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=4.0, help="seconds")
     parser.add_argument("--model", help="checkpoint folder; nothing: the built-in model")
     args = parser.parse_args()
-    report = run(args.minutes, args.streams, args.window, args.model)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    write_result("alerts", run(args.minutes, args.streams, args.window, args.model), ["ray"])
 
 
 if __name__ == "__main__":
