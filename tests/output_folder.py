@@ -12,6 +12,18 @@ from stormline.pipeline.recovery import recover
 S_NS = 10**9
 
 
+class StoppedError(Exception):
+    """A lane was ended."""
+
+
+class StopsBeforeManifest(EpochWriter):
+    """Ends where rows are there and not committed."""
+
+    def step_done(self, number):
+        if number == 3:
+            raise StoppedError
+
+
 class Folder:
     """An output folder with one lane that commits."""
 

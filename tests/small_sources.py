@@ -27,6 +27,19 @@ from transformers import (
 
 from stormline.models.tokenizer import CHAT_TEMPLATE, build_tokenizer, sample_corpus
 
+TINY_SIZES = {
+    "image_size": 32,
+    "vision_width": 32,
+    "vision_layers": 1,
+    "temporal_width": 32,
+    "temporal_state": 8,
+    "text_width": 32,
+    "text_layers": 1,
+    "text_heads": 2,
+    "vocab_size": 512,
+}
+"""Of a model of our own, for recipes."""
+
 TOWER: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,

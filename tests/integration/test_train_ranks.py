@@ -10,22 +10,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_sources import TINY_SIZES
 
 from stormline.models.training.ranks import Ranks
 from stormline.models.training.recipe import recipe_from_dict
 from stormline.models.training.trainer import Trainer
 
-SIZES = {
-    "image_size": 32,
-    "vision_width": 32,
-    "vision_layers": 1,
-    "temporal_width": 32,
-    "temporal_state": 8,
-    "text_width": 32,
-    "text_layers": 1,
-    "text_heads": 2,
-    "vocab_size": 512,
-}
 SEE = {"name": "see", "task": "places", "train": ["vision_tower"], "steps": 3, "batch": 4, "clip_frames": 2}
 SPEAK = {
     "name": "speak",
@@ -40,7 +30,7 @@ SPEAK = {
 
 
 def recipe(*stages):
-    return {"name": "tiny", "seed": 1, "model": SIZES, "stages": list(stages)}
+    return {"name": "tiny", "seed": 1, "model": TINY_SIZES, "stages": list(stages)}
 
 
 @pytest.mark.timeout(240)

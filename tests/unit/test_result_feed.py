@@ -5,6 +5,7 @@ from contextlib import aclosing
 from itertools import islice
 
 import pytest
+from output_folder import StoppedError, StopsBeforeManifest
 
 from stormline.operators.rows import Position, Result
 from stormline.pipeline import result_tail
@@ -16,16 +17,6 @@ from stormline.pipeline.result_tail import Cursor, ResultTail, newest_cursor
 
 NOON_NS = 1_769_860_800 * 10**9  # 2026-01-31T12:00:00Z
 DAY_NS = 86_400 * 10**9
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopsBeforeManifest(EpochWriter):
-    def step_done(self, number):
-        if number == 3:
-            raise StoppedError
 
 
 def make_result(text, stream="c", start_ns=NOON_NS):

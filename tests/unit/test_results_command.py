@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
+from output_folder import StoppedError, StopsBeforeManifest
 from typer.testing import CliRunner
 
 from stormline.operators.errors import SettingsError
@@ -20,16 +21,6 @@ from stormline.pipeline.table_reader import RowFilter, TableReader
 
 NOON_NS = 1_769_860_800 * 10**9  # 2026-01-31T12:00:00Z
 HOUR_NS = 3_600 * 10**9
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopsBeforeManifest(EpochWriter):
-    def step_done(self, number):
-        if number == 3:
-            raise StoppedError
 
 
 def make_result(n, stream="gate-1", kind="caption", answer=None):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_sources import TINY_SIZES
 
 from stormline.models.loading import load_model
 from stormline.models.training.pairs import read_pairs, split_pairs
@@ -16,17 +17,6 @@ from stormline.models.training.recipe import load_recipe, recipe_from_dict
 from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, learning_rate_at
 
-TINY = {
-    "image_size": 32,
-    "vision_width": 32,
-    "vision_layers": 1,
-    "temporal_width": 32,
-    "temporal_state": 8,
-    "text_width": 32,
-    "text_layers": 1,
-    "text_heads": 2,
-    "vocab_size": 512,
-}
 STAGES = [
     {"name": "see", "task": "places", "train": ["vision_tower"], "steps": 3, "batch": 2, "clip_frames": 2},
     {
@@ -54,7 +44,7 @@ STAGES = [
 
 
 def recipe(stages=STAGES):
-    return recipe_from_dict({"name": "tiny", "seed": 1, "model": TINY, "stages": stages})
+    return recipe_from_dict({"name": "tiny", "seed": 1, "model": TINY_SIZES, "stages": stages})
 
 
 def weights(folder):
