@@ -304,6 +304,9 @@ class RaySettings(_Section):
         None, ge=1, description="Logical CPUs of the embedded one; nothing: as many as the lanes need."
     )
     object_store_bytes: int = Field(512 << 20, ge=80 << 20, description="Shared memory of the embedded one.")
+    fork_workers: bool = Field(
+        True, description="Have the embedded one fork its workers off one that has imported all (Linux, without GPUs)."
+    )
     encode_num_gpus: float = Field(0.0, ge=0, description="GPUs of each lane's encoder.")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..operators.errors import CommitError, SettingsError, StormlineError
+from .fork_server import fork_server
 from .ray_watch import RayWatch, own_ray
 from .settings import Settings
 from .stop_signals import keep_signal_handlers
@@ -500,11 +501,29 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
     # Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
-    import ray
-
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
+    with fork_server() if _may_fork(settings) else nullcontext():
+        import ray
+
+        with keep_signal_handlers():
+            _init_ray(settings, tell)
+        try:
+            with RayWatch(own_ray(), tell) if settings.ray.address is None else nullcontext():
+                yield
+        finally:
+            ray.shutdown()
+
+
+def _may_fork(settings: Settings) -> bool:
+    no_gpu = not settings.ray.encode_num_gpus and not settings.llm.num_gpus
+    return settings.ray.address is None and settings.ray.fork_workers and no_gpu and sys.platform == "linux"
+
+
+def _init_ray(settings: Settings, tell: Callable[[str], None]) -> None:
+    import ray
+
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if settings.ray.address is None:
         tell("starting Ray on this machine")
@@ -520,14 +539,8 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     else:
         options["address"] = settings.ray.address
     try:
-        with keep_signal_handlers():
-            ray.init(**options)
+        ray.init(**options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as e:
         raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
     except Exception as e:
         raise StormlineError(f"Ray did not come up ({e}) Is this machine too busy? Run again.") from e
-    try:
-        with RayWatch(own_ray(), tell) if settings.ray.address is None else nullcontext():
-            yield
-    finally:
-        ray.shutdown()

@@ -77,6 +77,8 @@ class Report:
     differences: list[str]
     leftovers: list[str]
     duration_s: float
+    lanes: list[int] = field(default_factory=lambda: [1, 2])  # numbers of them, one drawn at each start
+    fork_workers: bool = False  # whether workers were copies of one that had imported all (`ray.fork_workers`)
 
 
 def told(outcome: Outcome) -> str:
@@ -162,6 +164,8 @@ class Campaign:
                 rows=row_counts(self.folder / "out"),
                 differences=differences(self.folder / "out", self.folder / "peace"),
                 leftovers=leftovers,
+                lanes=list(self._lanes),
+                fork_workers=True,
                 duration_s=time.monotonic() - began_s,
             )
 

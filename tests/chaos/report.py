@@ -65,11 +65,16 @@ def write_json(path: Path, reports: list[Report], *, add: bool) -> None:
         "records": sum(c["records"] for c in campaigns),
         "rows": {t: sum(c["rows"][t] for c in campaigns) for t in campaigns[0]["rows"]},
         "rows_lost_doubled_or_other": sum(len(c["differences"]) for c in campaigns),
-        "by_kind": by_kind(outcomes),
+        "by_kind": by_kind(_of(campaigns, fork_workers=True)),
+        "by_kind_without_fork_workers": by_kind(_of(campaigns, fork_workers=False)),
         "campaigns": campaigns,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _of(campaigns: list[dict[str, Any]], *, fork_workers: bool) -> list[Outcome]:
+    return [Outcome(**o) for c in campaigns if c.get("fork_workers", False) == fork_workers for o in c["outcomes"]]
 
 
 def print_table(outcomes: list[Outcome]) -> None:
