@@ -352,7 +352,8 @@ class Campaign:
             "lanes": {"barrier_interval_s": 0.5},
             "serve": {"enabled": self._serve and out == "out", "port": port},
             "queries": QUERIES,
-            "ray": {"object_store_bytes": 200 << 20},
+            # In peace, workers start as Ray starts them: so whatever a fork could change would show.
+            "ray": {"object_store_bytes": 200 << 20, "fork_workers": out == "out"},
         }
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         return path

@@ -1,0 +1,88 @@
+"""Workers are copies of one process; where that cannot be, they start as Ray starts them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from stormline.pipeline.fork_server import WORKER_FILE
+
+RUN = """
+import subprocess, sys
+from stormline.pipeline.fork_server import fork_server
+
+modules, command = sys.argv[1].split(), sys.argv[2:]
+with fork_server(modules):
+    print(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode())  # ends with the worker, or copy
+"""
+WORKER = """
+import os, sys
+own_group = os.getpgid(0) == os.getpid()
+print("{way}", sys.argv[1:], "loaded" in sys.modules, os.environ["MINE"], os.getcwd(), own_group, __name__)
+"""
+BUSY = """
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+"""
+IMPORTED = """
+import sys
+from stormline.pipeline.fork_server import MODULES, import_all, unfit
+import_all(MODULES)
+print([name for name in MODULES if name not in sys.modules], repr(unfit()))
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Return a function that starts a worker below a fork server and returns what it printed."""
+    (tmp_path / "default_worker.py").write_text(WORKER.format(way="copy"))
+    (tmp_path / "setup_worker.py").write_text(WORKER.format(way="anew"))
+    (tmp_path / "loaded.py").touch()
+    (tmp_path / "busy.py").write_text(BUSY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def start(modules, *options, mine="7"):
+        worker = [sys.executable, str(WORKER_FILE), str(tmp_path / "default_worker.py"), *options]
+        command = ["env", f"MINE={mine}", "--chdir", str(tmp_path), *worker]
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, modules, *command], capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout.strip(), done.stderr.strip()
+
+    return start
+
+
+def test_worker_when_ordered_then_it_is_a_copy_with_the_environment_folder_and_options_of_the_order(start, tmp_path):
+    said, complained = start("loaded", "--language=PYTHON", "--worker-id=5", mine="8")
+
+    assert said == f"copy ['--worker-id=5'] True 8 {tmp_path} True __main__"
+    assert complained == ""
+
+
+def test_worker_when_it_wants_an_environment_of_its_own_then_ray_starts_it(start, tmp_path):
+    context = "--serialized-runtime-env-context={}"
+
+    said, _ = start("loaded", "--language=PYTHON", context)
+
+    options = [f"{tmp_path}/default_worker.py", "--language=PYTHON", context]
+    assert said == f"anew {options} False 7 {tmp_path} False __main__"
+
+
+def test_server_when_an_import_leaves_a_thread_then_it_says_so_and_ray_starts_the_workers(start):
+    said, complained = start("loaded busy", "--language=PYTHON")
+
+    assert said.startswith("anew")
+    assert "no fork server: threads run after the imports" in complained
+
+
+def test_server_when_an_import_brings_ray_then_it_says_so_and_ray_starts_the_workers(start):
+    said, complained = start("ray", "--language=PYTHON")
+
+    assert said.startswith("anew")
+    assert "no fork server: Ray was imported" in complained
+
+
+def test_modules_when_imported_then_all_are_there_and_the_process_may_be_copied():
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[] ''", done.stderr
