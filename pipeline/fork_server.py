@@ -1,13 +1,16 @@
-"""Worker processes of an embedded Ray as copies of one that has imported the libraries: a lane is back sooner.
+"""Worker processes of an embedded Ray as copies of one that has imported everything: a lane is back sooner.
 
 Without it each of the six workers of a lane imports Ray twice, Arrow and pandas, and the encoder torch and
-transformers: many seconds on two cores. With it one process imports the libraries as a run starts, does nothing else,
-and forks. What the copies do not write to stays shared memory.
+transformers: many seconds on two cores. With it one process imports them as a run starts, does nothing else, and forks.
+What the copies do not write to stays shared memory.
 
-Ray itself is imported in the copy: its core reads from the environment, as it is loaded, whose worker it is. And a fork
-copies neither threads nor what makes numbers random: so the server imports nothing of Ray, looks that no thread runs,
-and else ends; Ray then starts its workers as ever. Linux only, and not for workers that use a GPU, because CUDA does
-not survive a fork.
+Ray's core reads from the environment, as it is loaded, for which job it works. So there are two stages: the server
+imports all but Ray, while Ray starts; and a first copy of it, made when the first worker of the job is wanted, imports
+Ray too and makes all the job's workers. Those that Ray starts in advance, for any job, are copies of the first stage.
+
+A fork copies neither threads nor what makes numbers random. So each stage looks that no thread runs and that the core
+has made no random number; else it ends, and Ray starts its workers as ever. Linux only, and not for workers that use a
+GPU, because CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .fork_worker import ACCEPTED, ADDRESS
+from .fork_worker import ACCEPTED, ADDRESS, ANY_JOB
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,6 @@ PACKAGE = (__package__ or "").partition(".")[0]
 MODULES = (  # none that imports Ray
     "aiohttp",
     "av",
-    "cloudpickle",
     "fastapi",
     "google.protobuf.json_format",
     "jsonschema",
@@ -63,6 +65,19 @@ MODULES = (  # none that imports Ray
     f"{PACKAGE}.models.generation",
     f"{PACKAGE}.models.loading",
 )
+RAY_MODULES = (
+    "ray._private.workers",
+    "ray.data._internal.execution.operators.actor_pool_map_operator",
+    "ray.data._internal.execution.streaming_executor",
+    "ray.serve._private.controller",
+    "ray.serve._private.replica",
+    "ray.serve._private.proxy",
+    f"{PACKAGE}.pipeline.front.deployment",
+    f"{PACKAGE}.pipeline.lane",
+    f"{PACKAGE}.pipeline.offset_reporter",
+    f"{PACKAGE}.pipeline.token_store",
+    f"{PACKAGE}.pipeline.video_llm",
+)
 HARMLESS_THREADS = ("jemalloc_bg_thd",)  # Arrow's; it is made anew in a copy
 
 
@@ -76,23 +91,37 @@ class Order(NamedTuple):
 
 
 @contextmanager
-def fork_server() -> Iterator[None]:
+def fork_server(modules: Sequence[str] = MODULES) -> Iterator[None]:
     """Have an embedded Ray that is started within the block get its workers from a fork server.
 
     The server imports while Ray starts; its workers wait for it. It ends with the block, or with this process; the
     workers are Ray's to end.
+
+    Args:
+        modules: What it imports, as far as it is there.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormline-", ignore_cleanup_errors=True))
         address = os.path.join(folder, "fork")
-        # One thread for numerical libraries, which read this once: what Ray gives to workers of up to one CPU.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # no CUDA: see above
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, address], stdin=subprocess.PIPE, env=environment, start_new_session=True
-        )
-        stack.callback(_end, process)
+        stack.callback(_end, _start(address, modules))
         stack.enter_context(_workers_from(address))
         yield
+
+
+def _start(address: str, modules: Sequence[str]) -> subprocess.Popen[bytes]:
+    # One thread for numerical libraries, which read this once: what Ray gives to workers of up to one CPU. And they
+    # shall not ask CUDA whether it is there, which would begin it.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(BACKLOG)
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, address, str(server.fileno()), *modules],
+            stdin=subprocess.PIPE,
+            pass_fds=[server.fileno()],
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for who started us
+        )
 
 
 @contextmanager
@@ -125,62 +154,148 @@ def main() -> None:
     """Serve until standard input ends, which is when who started us does; or, in a copy, be the worker."""
     if not getattr(sys.flags, "safe_path", False):
         del sys.path[0]  # the folder that `-m` was run in, whose files are no modules of ours
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(sys.argv[1])
-        server.listen(BACKLOG)
-        import_all()
-        why_not = unfit()
+    address, descriptor, *modules = sys.argv[1:]
+    with socket.socket(fileno=int(descriptor)) as server:
+        import_all(modules)
+        why_not = "Ray was imported" if "ray" in sys.modules else unfit()
         if why_not:
             logger.warning("no fork server: %s", why_not)
             return
-        gc.collect()
-        gc.freeze()  # else the first collection in each copy would write to all that is shared
         order = serve(server)
     if order is not None:
         become(order)
         return
     with suppress(OSError):  # where who started us cannot any more
-        os.unlink(sys.argv[1])
-        os.rmdir(os.path.dirname(sys.argv[1]))
+        os.unlink(address)
+        os.rmdir(os.path.dirname(address))
 
 
-def import_all() -> None:
+def import_all(modules: Sequence[str]) -> None:
     """Import what workers need, as far as it is there."""
-    for name in MODULES:
+    for name in modules:
         with suppress(ImportError):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else the first collection in each copy would write to all that is shared
+
+
+def import_ray() -> None:
+    """Import Ray and what is built on it, with no number of its core's making: a copy's would be those of others."""
+    import ray.actor
+    from ray._raylet import ActorClassID
+
+    class Numbers:
+        from_random = staticmethod(lambda: ActorClassID(os.urandom(ActorClassID.size())))
+
+    module: Any = ray.actor
+    module.ActorClassID = Numbers  # of a class as it is defined
+    import_all(RAY_MODULES)
+    module.ActorClassID = ActorClassID
 
 
 def unfit() -> str:
     """Return why this process must not be copied; nothing if it may be."""
-    if "ray" in sys.modules:
-        return "Ray was imported"
     others = {int(thread) for thread in os.listdir("/proc/self/task")} - {os.getpid()}
     names = sorted(Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in others)
     strange = [name for name in names if name not in HARMLESS_THREADS]
-    return f"threads run after the imports: {', '.join(strange)}" if strange else ""
+    if strange:
+        return f"threads run after the imports: {', '.join(strange)}"
+    if "ray" in sys.modules and _number_of_a_copy() == _number_of_a_copy():
+        return "Ray's core made a random number while it was imported"
+    return ""
+
+
+def _number_of_a_copy() -> bytes:
+    from ray._raylet import UniqueID
+
+    get, put = os.pipe()
+    copy = os.fork()
+    if copy == 0:
+        os.write(put, UniqueID.from_random().binary())
+        os._exit(0)
+    os.close(put)
+    with open(get, "rb") as told:
+        number = told.read()
+    with suppress(ChildProcessError):  # it is gone, and nobody's to wait for
+        os.waitpid(copy, 0)
+    return number
 
 
 def serve(server: socket.socket) -> Order | None:
-    """Fork a copy for each order; returns the order in a copy, and nothing in the server, at its end."""
+    """Make a copy for each order; returns the order in a copy, and nothing in the server, at its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # copies that end are nobody's to wait for
+    stages: dict[str, socket.socket] = {}  # of jobs
     while True:
         ready, _, _ = select.select([server, sys.stdin.fileno()], [], [])
         if server not in ready:
             return None
-        with server.accept()[0] as asking, suppress(OSError, ValueError):  # who asks may be gone
-            order = _read_order(asking)
-            if os.fork() == 0:
-                return order
-            asking.sendall(ACCEPTED)
-            for descriptor in order.outputs:
-                os.close(descriptor)
+        with server.accept()[0] as asking:
+            outputs: list[int] = []
+            with suppress(OSError, ValueError):  # who asks may be gone
+                told, outputs, _, _ = socket.recv_fds(asking, len(ANY_JOB), maxfds=3)
+                job = told.decode()
+                if job == ANY_JOB:
+                    order = read_order(asking, outputs)
+                    if is_copy():
+                        return order
+                    asking.sendall(ACCEPTED)
+                else:
+                    if job not in stages:
+                        stages[job], orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                        if is_copy():
+                            close([*outputs, *(stage.detach() for stage in stages.values())])
+                            asking.close()  # else who asks would wait for us, should this stage fail
+                            return serve_job(orders)
+                        orders.close()
+                    socket.send_fds(stages[job], [b"+"], [asking.fileno(), *outputs])
+            close(outputs)
 
 
-def _read_order(asking: socket.socket) -> Order:
-    _, outputs, _, _ = socket.recv_fds(asking, 1, maxfds=3)
+def serve_job(orders: socket.socket) -> Order:
+    """Import Ray as the first order has it, and make a copy for each order; returns it in a copy.
+
+    The server ends this process. Orders that cannot be met go unanswered: Ray then starts the worker.
+
+    Raises:
+        SystemExit: At the end.
+    """
+    why_not = None
+    with orders:
+        while True:
+            told, descriptors, _, _ = socket.recv_fds(orders, 1, maxfds=4)
+            if not told:
+                raise SystemExit
+            asked, *outputs = descriptors
+            with socket.socket(fileno=asked) as asking, suppress(OSError, ValueError):  # who asks may be gone
+                order = read_order(asking, outputs)
+                if why_not is None:
+                    os.environ.update(order.environment)
+                    import_ray()
+                    why_not = unfit()
+                    if why_not:
+                        logger.warning("no fork server: %s", why_not)
+                if not why_not:
+                    if is_copy():
+                        return order
+                    asking.sendall(ACCEPTED)
+            close(outputs)
+
+
+def read_order(asking: socket.socket, outputs: list[int]) -> Order:
+    """Return what is asked for."""
     with asking.makefile("rb") as told:
         return Order(**json.load(told), outputs=outputs)
+
+
+def is_copy() -> bool:
+    """Make a copy of this process; returns in both, and tells which it is."""
+    return os.fork() == 0
+
+
+def close(descriptors: Sequence[int]) -> None:
+    """Close what a copy has now."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def become(order: Order) -> None:

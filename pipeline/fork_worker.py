@@ -13,6 +13,7 @@ import socket
 import sys
 
 ADDRESS = "STORMLINE_FORK_SERVER"  # environment variable: the server's socket
+JOB, ANY_JOB = "RAY_JOB_ID", "ffffffff"  # environment variable, and its value in a worker that Ray starts in advance
 READY_WITHIN_S = 40.0  # Ray gives a worker a minute; the server takes some seconds for its imports as a run starts
 ACCEPTED = b"+"
 OWN_ENVIRONMENT = "--serialized-runtime-env-context="
@@ -31,7 +32,7 @@ def ask(address: str, arguments: list[str]) -> bool:
         with socket.socket(socket.AF_UNIX) as server:
             server.settimeout(READY_WITHIN_S)
             server.connect(address)
-            socket.send_fds(server, [b"\n"], [0, 1, 2])
+            socket.send_fds(server, [os.environ.get(JOB, ANY_JOB).encode()], [0, 1, 2])
             server.sendall(json.dumps(order).encode())
             server.shutdown(socket.SHUT_WR)
             return server.recv(1) == ACCEPTED

@@ -18,6 +18,7 @@ with fork_server(modules):
 WORKER = """
 import os, sys
 own_group = os.getpgid(0) == os.getpid()
+assert ("ray" in sys.modules) == ("RAY_JOB_ID" in os.environ)
 print("{way}", sys.argv[1:], "loaded" in sys.modules, os.environ["MINE"], os.getcwd(), own_group, __name__)
 """
 BUSY = """
@@ -26,9 +27,11 @@ threading.Thread(target=threading.Event().wait, daemon=True).start()
 """
 IMPORTED = """
 import sys
-from stormline.pipeline.fork_server import MODULES, import_all, unfit
+from stormline.pipeline.fork_server import MODULES, RAY_MODULES, import_all, import_ray, unfit
 import_all(MODULES)
-print([name for name in MODULES if name not in sys.modules], repr(unfit()))
+print([name for name in MODULES if name not in sys.modules], "ray" in sys.modules, repr(unfit()))
+import_ray()
+print([name for name in RAY_MODULES if name not in sys.modules], repr(unfit()))
 """
 
 
@@ -43,7 +46,7 @@ def start(tmp_path, monkeypatch):
 
     def start(modules, *options, mine="7"):
         worker = [sys.executable, str(WORKER_FILE), str(tmp_path / "default_worker.py"), *options]
-        command = ["env", f"MINE={mine}", "--chdir", str(tmp_path), *worker]
+        command = ["env", "--chdir", str(tmp_path), f"MINE={mine}", *worker]
         done = subprocess.run(
             [sys.executable, "-c", RUN, modules, *command], capture_output=True, text=True, check=True, timeout=60
         )
@@ -82,7 +85,18 @@ def test_server_when_an_import_brings_ray_then_it_says_so_and_ray_starts_the_wor
     assert "no fork server: Ray was imported" in complained
 
 
-def test_modules_when_imported_then_all_are_there_and_the_process_may_be_copied():
+def test_worker_of_a_job_when_ordered_then_it_is_a_copy_of_the_one_that_has_ray(start, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+
+    said, complained = start("loaded", "--language=PYTHON")
+
+    assert said.startswith("copy [] True")
+    assert complained == ""
+
+
+def test_modules_when_imported_then_all_are_there_and_the_process_may_be_copied(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
     done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
 
-    assert done.stdout.strip() == "[] ''", done.stderr
+    assert done.stdout.splitlines() == ["[] False ''", "[] ''"], done.stderr
