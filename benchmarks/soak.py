@@ -119,6 +119,11 @@ class ProcessLog:
                 }
         return told
 
+    def each_minute(self) -> list[tuple[float, float]]:
+        """Return (seconds, MB of all processes), about once a minute."""
+        kept = self.samples[:: round(60 / SAMPLE_S)]
+        return [(round(s.time_s), round(sum(s.private_bytes.values()) / 1e6)) for s in kept]
+
     def by_process(self) -> dict[str, dict[str, Any]]:
         """Return the same for each process that lived all the time, in MB/h, and its descriptors and threads."""
         names = set.intersection(*(set(s.private_bytes) for s in self.settled))
@@ -256,6 +261,7 @@ def main() -> None:
         "barrier_interval_s": 2.0,
         "settled_s": SETTLED_S[minutes >= LONG_MINUTES],
         "memory": log.report(),
+        "private_mb_each_minute": log.each_minute(),
         "processes": log.by_process(),
         "figures": log.figures(),
         "load_average": os.getloadavg()[1],

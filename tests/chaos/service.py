@@ -16,7 +16,7 @@ import psutil
 
 RESTART_WAIT_S = 0.1  # systemd's RestartSec
 STOP_LIMIT_S = 60.0
-LEFTOVERS_GONE_S = 15.0
+LEFTOVERS_GONE_S = 60.0  # agents of Ray that look for their raylet now and then
 
 
 @dataclass(frozen=True)
