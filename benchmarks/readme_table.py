@@ -119,7 +119,15 @@ def of_soak(d: dict[str, Any]) -> Rows:
         f"{d['committed_p50_ms'] / 1e3:.1f} and {d['committed_p95_ms'] / 1e3:.1f} s",
         f"a commit every {d['barrier_interval_s']:.0f} s",
     )
-    if "all" in d["memory"]:
+    if "proportional_mb" in d:
+        slopes = [p["slope_mb_per_h"] for name, p in d["processes"].items() if not name.startswith("llm")]
+        yield (
+            "memory of that whole job; slope of each process but the LLM's, and of all once its cache is full",
+            f"{d['proportional_mb'] / 1e3:.2f} GB; {min(slopes):.0f} to {max(slopes):.0f} MB/h, "
+            f"{d['slope_mb_per_h_from_minute_13']:.0f} MB/h in all",
+            f"{d['restarts']} restarts",
+        )
+    elif "all" in d["memory"]:
         whole, lane = d["memory"]["all"], d["memory"]["lane"]
         yield (
             "memory of that whole job, Ray included, and of the lane's process: after the first minute, at the end",
@@ -188,6 +196,22 @@ def of_chaos(d: dict[str, Any]) -> Rows:
         str(d["rows_lost_doubled_or_other"]),
         "0",
     )
+    alone = {kind: told for kind, told in d["by_kind"].items() if told["alone"] and told["made_of_s"]}
+    before = d["by_kind_without_fork_workers"]
+    for what, kinds in (
+        (
+            "a process of a lane",
+            ("annotate", "commit step 1 error", "commit step 3 error", "decoder", "encoder", "source"),
+        ),
+        ("the supervisor, or all of Ray", ("supervisor", "raylet", "cluster", "machine")),
+    ):
+        told = [alone[kind]["next_row_s"]["median"] for kind in kinds if kind in alone]
+        earlier = [before[kind]["next_row_s"]["median"] for kind in kinds if before.get(kind, {}).get("alone")]
+        yield (
+            f"{what} killed: until the next committed row, on a busy machine",
+            f"{min(told):.0f} to {max(told):.0f} s",
+            f"15 s; {min(earlier):.0f} to {max(earlier):.0f} s without `ray.fork_workers`",
+        )
 
 
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
