@@ -101,6 +101,7 @@ def test_ray_when_it_is_not_up_in_time_then_an_error_that_says_to_run_again(monk
         raise Exception("The current node timed out during startup.")  # its very type
 
     monkeypatch.setattr(ray, "init", init)
+    alone = Settings.model_validate({"ray": {"fork_workers": False}})
 
-    with pytest.raises(StormlineError, match=r"timed out during startup.*Run again"), embedded_ray(Settings(), print):
+    with pytest.raises(StormlineError, match=r"timed out during startup.*Run again"), embedded_ray(alone, print):
         pytest.fail("it came up")
