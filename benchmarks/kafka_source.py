@@ -35,7 +35,7 @@ GOAL = 0.8
 
 def publish(bootstrap: str, topic: str, n: int, n_bytes: int) -> None:
     """Send messages of random bytes: what they are does not matter before they are decoded."""
-    producer = KafkaProducer(bootstrap_servers=bootstrap, max_request_size=16 << 20, buffer_memory=64 << 20)
+    producer = KafkaProducer(bootstrap_servers=bootstrap, max_request_size=16 << 20)
     value = os.urandom(n_bytes)
     for seq in range(n):
         producer.send(topic, value, key=b"cam", headers=[("session", b"s"), ("seq", str(seq).encode())])
