@@ -126,13 +126,11 @@ def _scan_torch(
         state = x_.new_zeros(b, n_heads, head_dim, B.shape[3]) if initial_state is None else initial_state.to(dtype)
         future = _future_mask(min(block_tokens, length), x.device)
         outputs = []
-        for start in range(0, length, block_tokens):
-            block = slice(start, min(start + block_tokens, length))
-            y, state = _scan_block(
-                x_[:, block], dt_[:, block], log_decay[:, block], B_[:, block], C_[:, block], state, future
-            )
+        # Split at once: a slice's gradient is as long as the whole, so that slices would cost its square.
+        for x_q, *rest in zip(*(each.split(block_tokens, 1) for each in (x_, dt_, log_decay, B_, C_)), strict=True):
+            y, state = _scan_block(x_q, *rest, state, future)
             if D is not None:  # here rather than once at the end: a block is still in the processor's cache
-                y = y.addcmul_(D.to(dtype)[:, None], x_[:, block])
+                y = y.addcmul_(D.to(dtype)[:, None], x_q)
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return y.to(x.dtype), state
