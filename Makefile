@@ -58,6 +58,7 @@ fuzz: venv  ## decode 10,000 damaged segments (ARGS="--help" says what else)
 	@$(BIN)/python tests/fuzz/fuzz_decode.py --keep fuzz-out $(ARGS)
 
 bench: venv  ## measure all that needs no GPU (under half an hour), and write README's table (ARGS="--only scan,ask")
+	@$(BIN)/python -m pip install -q -c constraints.txt decord  # a peer, and what Ray Data's read_videos wants
 	@$(BIN)/python benchmarks $(ARGS)
 
 lint: venv  ## style, format and types, changing nothing
