@@ -16,11 +16,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from measuring import median_s, write_result
+from matplotlib.figure import Figure
+from measuring import RESULTS, median_s, write_result
 
 from stormline.models.generation import generate_answers
 from stormline.models.loading import LoadedModel, load_model
@@ -51,6 +54,26 @@ def ask_s(loaded: LoadedModel, n_tokens: int) -> float:
     return median_s(lambda: generate_answers(loaded.model, loaded.processor, [prompt]), rounds=3)
 
 
+def plot(report: dict[str, Any], everything_ms: dict[float, float], path: Path) -> None:
+    """Draw what a chunk and a question cost, over the stream's length: ours and the two others."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    chunk, question = figure.subplots(1, 2)
+    seconds = [2 * int(k) for k in report["chunk_ms"]]
+    again = next(value for key, value in report.items() if key.startswith("encode the newest"))
+    chunk.plot(seconds, report["chunk_ms"].values(), "o-", label="the state carried on")
+    chunk.plot(seconds, [again["chunk_ms"]] * len(seconds), "s--", label=f"the newest {WINDOW_FRAMES} frames anew")
+    chunk.set(xscale="log", yscale="log", xlabel="stream, s", ylabel="a chunk of 2 s, ms")
+    lengths = [*everything_ms, seconds[-1]]
+    ours = next(value for key, value in report["question_ms"].items() if key.startswith("ours"))
+    question.plot(lengths, [ours] * len(lengths), "o-", label=f"{BUDGET_TOKENS} tokens chosen")
+    question.plot(list(everything_ms), list(everything_ms.values()), "s--", label="all tokens, to the context's end")
+    question.set(xscale="log", yscale="log", xlabel="stream, s", ylabel="a question, ms")
+    for axes in (chunk, question):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chunks", type=int, default=100_000)
@@ -62,12 +85,14 @@ def main() -> None:
     frames = np.random.default_rng(0).integers(0, 255, (1, size, side, side, 3), np.uint8)
     with torch.inference_mode():
         features = model._features(model._pixels(torch.as_tensor(frames)))
-    states, at, state = {}, 0, model.init_stream_state()
+    states, memory_mb, at, state = {}, {}, 0, model.init_stream_state()
     began_s = time.monotonic()
     for index in sorted({10, min(1_000, options.chunks), options.chunks}):
         state = advance(loaded, state, features, index - 1 - at)
         at = index - 1
         states[index] = state
+        model.encode_chunks(frames, [state])
+        memory_mb[index] = psutil.Process().memory_info().rss / 1e6
         print(f"{time.monotonic() - began_s:6.0f} s  chunk {index}", flush=True)
     took: dict[int, list[float]] = {index: [] for index in states}
     for _ in range(30):  # in turns: these machines are not quiet
@@ -86,9 +111,10 @@ def main() -> None:
         "last_over_first": {
             "time": round(chunk_ms[last] / chunk_ms[first], 3),
             "state": round(state_bytes[last] / state_bytes[first], 3),
+            "memory": round(memory_mb[last] / memory_mb[first], 3),
         },
         "goal_last_over_first": GOAL,
-        "memory_mb": round(psutil.Process().memory_info().rss / 1e6),
+        "memory_mb": {str(k): round(v) for k, v in memory_mb.items()},
         f"encode the newest {WINDOW_FRAMES} frames anew": {
             "chunk_ms": round(window_ms, 1),
             "over ours": round(window_ms / chunk_ms[last], 1),
@@ -99,6 +125,7 @@ def main() -> None:
         },
     }
     write_result("flat", report, ["torch"])
+    plot(report, {n * size / 2: ms for n, ms in everything.items()}, RESULTS / "flat.png")
 
 
 if __name__ == "__main__":
