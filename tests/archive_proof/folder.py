@@ -19,6 +19,8 @@ import numpy as np
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.pipeline.commands.demo import street_video
 
+from .scheduling import kept_scheduling
+
 MS = Fraction(1, 1000)
 SIZE_PX = 128
 WORLDS = 6  # different pictures to encode; rendered once each
@@ -99,6 +101,7 @@ def sampled_of(times: Sequence[int], fps: int = 2) -> int:
     return (times[-1] - times[0]) * fps // 1000 + 1
 
 
+@kept_scheduling()
 def write_clip(path: Path, make: Make) -> int:
     """Encode a clip; return how many frames the sampling grid takes of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from archive_proof.scheduling import kept_scheduling
 
 from stormline.operators.errors import PublishError, SettingsError
 from stormline.pipeline.publish.gops import h264_starts_clean, sei_payload
@@ -46,6 +47,7 @@ def picture(i: int) -> np.ndarray:
     return frame
 
 
+@kept_scheduling()
 def make_video(path: Path, codec: str, options: dict[str, str] | None = None, n_frames: int = N_FRAMES) -> str:
     pixels = {"mjpeg": "yuvj420p"}.get(codec, "yuv420p")
     with av.open(str(path), "w") as container:
