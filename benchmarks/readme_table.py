@@ -60,8 +60,8 @@ def of_flat(d: dict[str, Any]) -> Rows:
     last = max(map(int, d["chunk_ms"]))
     anew = next(value for key, value in d.items() if key.startswith("encode the newest"))
     yield (
-        f"a stream's chunk {last:,} against its 10th: time, memory, bytes of state",
-        ", ".join(f"{d['last_over_first'][what]:.2f}" for what in ("time", "memory", "state")) + " times",
+        f"a stream's chunk {last:,} against its 10th: {', '.join(d['last_over_first'])}",
+        ", ".join(f"{ratio:.2f}" for ratio in d["last_over_first"].values()) + " times",
         f"{d['goal_last_over_first']}; encoding the newest 128 frames anew costs {anew['over ours']:.0f} times as much",
     )
 
