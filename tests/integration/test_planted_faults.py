@@ -24,7 +24,7 @@ from stormline.models.prompts import VideoAnswer
 from stormline.operators import encode as encode_step
 from stormline.operators.errors import CheckpointError, StormlineError
 from stormline.operators.rows import Barrier, block_of, rows_of
-from stormline.pipeline import kafka_source, parquet_sink, recovery
+from stormline.pipeline import kafka_source, lane_source, parquet_sink, recovery
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline.lane import LaneCommitter, LanePlan, iter_rows, lane_dataset
 from stormline.pipeline.parquet_sink import EpochWriter
@@ -126,7 +126,9 @@ def run(topic, loaded, monkeypatch):
     monkeypatch.setattr(lane_module, "LoadFromSettings", lambda model: lambda: loaded)
     monkeypatch.setattr(lane_module, "LlmClient", lambda timeout_s: digest)
     monkeypatch.setattr(lane_module, "StoreClient", lambda: lambda news: None)
-    monkeypatch.setattr(kafka_source, "time", Clock())
+    clock = Clock()
+    monkeypatch.setattr(kafka_source, "time", clock)
+    monkeypatch.setattr(lane_source, "time", clock)
 
     def run(root, lives):
         partitions = tuple((TOPIC, p) for p in range(PARTITIONS))
