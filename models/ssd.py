@@ -127,8 +127,9 @@ def _scan_torch(
         future = _future_mask(min(block_tokens, length), x.device)
         outputs = []
         # Split at once: a slice's gradient is as long as the whole, so that slices would cost its square.
-        for x_q, *rest in zip(*(each.split(block_tokens, 1) for each in (x_, dt_, log_decay, B_, C_)), strict=True):
-            y, state = _scan_block(x_q, *rest, state, future)
+        blocks = zip(*(each.split(block_tokens, 1) for each in (x_, dt_, log_decay, B_, C_)), strict=True)
+        for x_q, dt_q, log_decay_q, B_q, C_q in blocks:
+            y, state = _scan_block(x_q, dt_q, log_decay_q, B_q, C_q, state, future)
             if D is not None:  # here rather than once at the end: a block is still in the processor's cache
                 y = y.addcmul_(D.to(dtype)[:, None], x_q)
             outputs.append(y)
