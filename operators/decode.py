@@ -1,16 +1,17 @@
 """Decode: the bytes of a segment become the frames that the sampling grid may need. Stateless.
 
-Only those frames are converted, straight to the model's size. The rest are decoded, looked at for their time, and
-forgotten. What could not be decoded is counted and told in a dead letter: a segment keeps its good frames, and one
-that has none comes out as failed, which later steps treat as a gap.
+Only those frames are converted, straight to the model's size. The rest are decoded where others need them
+(`sparse_reader`), and forgotten. What could not be decoded is counted and told in a dead letter: a segment keeps its
+good frames, and one that has none comes out as failed, which later steps treat as a gap.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,9 @@ from av.error import FFmpegError
 
 from .decode_apart import DecodeProcess, ProcessDiedError
 from .errors import MediaError
+from .frame_times import DecodeLimits, FrameTimer, TimedFrames
 from .in_hand import DEATHS_ALLOWED, MarkFile, RecordKey, Suspect
 from .media import (
-    MAX_FRAME_PX,
-    MAX_IMAGE_PX,
     ImageReader,
     VideoReader,
     decode_image,
@@ -50,6 +50,7 @@ from .rows import (
     table_text,
 )
 from .sampling import DEFAULT_MAX_HOLD_NS, NS_PER_S, GridSpec, MediaClock, walk_grid
+from .sparse_reader import DenseStreams, SparseReader, SparseReadingError
 from .worker_limits import ended_after, limit_memory
 
 if TYPE_CHECKING:
@@ -78,17 +79,6 @@ REASONS = {
 """Every `reason` of a dead letter that decoding writes, and of a `MediaError`."""
 
 
-@dataclass(frozen=True)
-class DecodeLimits:
-    """What one segment may cost. The defaults are far over anything meant to be a segment."""
-
-    max_frame_px: int = MAX_FRAME_PX  # coded pixels of a frame of video
-    max_image_px: int = MAX_IMAGE_PX  # of a JPEG or PNG image
-    max_frames: int = 36_000  # frames decoded of a segment: ten minutes at 60 fps
-    max_sampled_bytes: int = 1 << 30  # RGB of a segment's sampled frames: 1,783 of 448x448, 15 minutes at 2 fps
-    max_span_ns: int = 3600 * NS_PER_S  # a frame's time from the first: one wild timestamp must not end a session
-
-
 def decode_segment(
     data: Buffer,
     meta: SegmentMeta,
@@ -97,6 +87,7 @@ def decode_segment(
     frame_hw: tuple[int, int],
     limits: DecodeLimits | None = None,
     with_picture: bool = False,
+    dense_streams: DenseStreams | None = None,
 ) -> DecodedSegment:
     """Decode a segment on the calling thread and sample it on the session's grid.
 
@@ -112,6 +103,8 @@ def decode_segment(
         frame_hw: Size of the frames that come out; the aspect is not kept.
         limits: What it may cost; by default `DecodeLimits()`.
         with_picture: Whether the tail is to come as a small JPEG, too.
+        dense_streams: Of which every frame is decoded. The segment's is added where leaving out what is not needed
+            went wrong, which costs time only.
 
     Returns:
         The sampled frames and the tail, with dead letters `damaged` or `too_long` where frames were lost. An empty
@@ -131,10 +124,15 @@ def decode_segment(
         return sample_frames(
             ImageReader(frame), meta, None, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
         )
-    with open_media(data, max_frame_px=limits.max_frame_px) as container:
-        return decode_container(
-            container, meta, None, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
-        )
+    return decode_container(
+        lambda: open_media(data, max_frame_px=limits.max_frame_px),
+        meta,
+        grid=grid,
+        frame_hw=frame_hw,
+        limits=limits,
+        with_picture=with_picture,
+        dense_streams=dense_streams,
+    )
 
 
 def decode_file(
@@ -148,6 +146,7 @@ def decode_file(
     origin_pts: int | None = None,
     limits: DecodeLimits | None = None,
     with_picture: bool = False,
+    dense_streams: DenseStreams | None = None,
 ) -> DecodedSegment:
     """Decode a file, or the part of it between two keyframes, as a segment.
 
@@ -167,30 +166,37 @@ def decode_file(
             `meta.start_ns`.
         limits: As for `decode_segment`.
         with_picture: Likewise.
+        dense_streams: Likewise.
 
     Raises:
         MediaError: As for `decode_segment`.
         OSError: If the file cannot be read.
     """
     limits = limits or DecodeLimits()
-    with opened_uri(path) as source, open_media(source, max_frame_px=limits.max_frame_px) as container:
-        return decode_container(
-            container,
-            meta,
-            origin_pts,
-            pts_range=pts_range,
-            keep_from_pts=keep_from_pts,
-            grid=grid,
-            frame_hw=frame_hw,
-            limits=limits,
-            with_picture=with_picture,
-        )
+
+    @contextmanager
+    def opened() -> Iterator[InputContainer]:
+        with opened_uri(path) as source, open_media(source, max_frame_px=limits.max_frame_px) as container:
+            yield container
+
+    return decode_container(
+        opened,
+        meta,
+        origin_pts,
+        pts_range=pts_range,
+        keep_from_pts=keep_from_pts,
+        grid=grid,
+        frame_hw=frame_hw,
+        limits=limits,
+        with_picture=with_picture,
+        dense_streams=dense_streams,
+    )
 
 
 def decode_container(
-    container: InputContainer,
+    opened: Callable[[], AbstractContextManager[InputContainer]],
     meta: SegmentMeta,
-    origin_pts: int | None,
+    origin_pts: int | None = None,
     *,
     pts_range: tuple[int | None, int | None] = (None, None),
     keep_from_pts: int | None = None,
@@ -198,67 +204,39 @@ def decode_container(
     frame_hw: tuple[int, int],
     limits: DecodeLimits,
     with_picture: bool = False,
+    dense_streams: DenseStreams | None = None,
 ) -> DecodedSegment:
-    """Decode an open container; see `decode_segment` and `decode_file`."""
-    with ffmpeg_errors() as errors:
-        stream = open_video_stream(container, max_frame_px=limits.max_frame_px)
-        reader = VideoReader(container, stream, errors, pts_range, keep_from_pts)
-        clock = None
-        if origin_pts is not None and stream.time_base is not None:
-            clock = MediaClock(stream.time_base, origin_pts, meta.session_start_ns, meta.session_start_ns)
-        return sample_frames(
-            reader, meta, clock, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
-        )
+    """Decode a container that can be opened, twice if need be; see `decode_segment` and `decode_file`."""
 
+    def decode(container: InputContainer, *, sparsely: bool) -> DecodedSegment:
+        with ffmpeg_errors() as errors:
+            stream = open_video_stream(container, max_frame_px=limits.max_frame_px)
+            reader = VideoReader(container, stream, errors, pts_range, keep_from_pts)
+            clock = None
+            if origin_pts is not None and stream.time_base is not None:
+                clock = MediaClock(stream.time_base, origin_pts, meta.session_start_ns, meta.session_start_ns)
+            frames: VideoReader | SparseReader = reader
+            if sparsely:
+                planned = SparseReader.planned(reader, meta, clock, grid, limits, limits.max_sampled(frame_hw))
+                frames = planned or reader
+            return sample_frames(
+                frames, meta, clock, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture
+            )
 
-class FrameTimer:
-    """Puts times on a reader's frames and keeps those that can be used; iterate once.
-
-    Yields (elapsed ns, frame), never falling, and remembers the first and the last of them.
-    """
-
-    def __init__(
-        self, reader: VideoReader | ImageReader, meta: SegmentMeta, clock: MediaClock | None, limits: DecodeLimits
-    ):
-        self.reader = reader
-        self.meta = meta
-        self.clock = clock
-        self.limits = limits
-        self.n_kept = 0
-        self.n_fallen = 0  # frames with a time before an earlier one's, or too far from the first's
-        self.too_long = False
-        self.first_ns = meta.start_ns
-        self.tail_ns = meta.start_ns
-        self.tail: VideoFrame | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
-        for ticks, frame in self.reader:
-            clock = self.clock = self.clock or self.clock_of_segment(ticks)
-            time_ns = clock.time_ns(ticks)
-            if self.n_kept and not self.tail_ns <= time_ns <= self.first_ns + self.limits.max_span_ns:
-                self.n_fallen += 1
-                continue
-            if self.n_kept >= self.limits.max_frames:
-                self.too_long = True
-                return
-            self.first_ns = time_ns if not self.n_kept else self.first_ns
-            self.n_kept += 1
-            self.tail_ns, self.tail = time_ns, frame
-            yield time_ns - self.meta.session_start_ns, frame
-
-    def clock_of_segment(self, ticks: int) -> MediaClock:
-        """Return the clock that puts the segment's first frame at its `start_ns`.
-
-        That is the first packet's frame even where it could not be decoded, or the first good frame where that is
-        shown earlier (leading frames of an open GOP).
-        """
-        first = self.reader.first_packet_ticks
-        origin = ticks if first is None else min(ticks, first)
-        return MediaClock(self.reader.time_base, origin, self.meta.start_ns, self.meta.session_start_ns)
+    dense_streams = dense_streams or DenseStreams()
+    if not dense_streams.take(meta.stream_id):
+        try:
+            with opened() as container:
+                return decode(container, sparsely=True)
+        except SparseReadingError as error:
+            log.info("decoding all frames for a while where=%s cause=%s", meta.where, error)
+            dense_streams.add(meta.stream_id)
+    with opened() as container:
+        return decode(container, sparsely=False)
 
 
 def sample_frames(
-    reader: VideoReader | ImageReader,
+    reader: VideoReader | SparseReader | ImageReader,
     meta: SegmentMeta,
     clock: MediaClock | None,
     *,
@@ -272,15 +250,16 @@ def sample_frames(
     Raises:
         MediaError: If there is no frame.
     """
-    timer = FrameTimer(reader, meta, clock, limits)
+    frames: TimedFrames[VideoFrame | None] = reader
+    timer = FrameTimer(frames, meta, clock, limits)
     to_rgb = RgbConverter(frame_hw)
-    max_sampled = max(1, limits.max_sampled_bytes // (frame_hw[0] * frame_hw[1] * 3))
     indices: list[int] = []
     images: list[np.ndarray] = []
     for index, frame in walk_grid(timer, grid):
-        if len(images) >= max_sampled:
+        if len(images) >= limits.max_sampled(frame_hw):
             timer.too_long = True
             break
+        assert frame is not None, f"the frame of grid index {index} was not decoded"
         indices.append(index)
         images.append(to_rgb(frame))
     if timer.tail is None:
@@ -307,7 +286,9 @@ def jpeg_of(frame: VideoFrame) -> bytes:
         return b""
 
 
-def notices(reader: VideoReader | ImageReader, timer: FrameTimer, meta: SegmentMeta) -> tuple[DeadLetter, ...]:
+def notices(
+    reader: VideoReader | SparseReader | ImageReader, timer: FrameTimer[Any], meta: SegmentMeta
+) -> tuple[DeadLetter, ...]:
     """Say what of a segment that was used could not be."""
     letters = []
     losses = reader.losses() if not timer.too_long else []  # what was not read is not lost
@@ -334,9 +315,9 @@ class Decode:
     """The decode step of a lane: for `map_batches(Decode, batch_size=None, batch_format="pyarrow")`.
 
     Ray Data makes one in each process of the actor pool and calls it once a block, in any order and on any of
-    them; the pool puts the blocks back into order. It keeps no state. Every row comes out with its `lane_seq`:
-    a segment as a `DecodedSegment`, failed if need be, with the dead letters that it came with first; a barrier
-    untouched.
+    them; the pool puts the blocks back into order. It keeps no state that shows in what it returns. Every row comes
+    out with its `lane_seq`: a segment as a `DecodedSegment`, failed if need be, with the dead letters that it came
+    with first; a barrier untouched.
 
     A record that ends its process is not met unprepared again: it comes back as one of `suspects`, and its stream is
     decoded in a process apart, whose death ends nothing else. After three deaths it is set aside.
@@ -386,6 +367,7 @@ class Decode:
             "limits": vars(self.limits),
             "memory_bytes": memory_bytes,
         }
+        self.dense_streams = DenseStreams()
         limit_memory(memory_bytes)
         self.apart = DecodeProcess(options, limit_s)
 
@@ -463,6 +445,7 @@ class Decode:
                 frame_hw=self.frame_hw,
                 limits=self.limits,
                 with_picture=self.pace.due(meta.stream_id),
+                dense_streams=self.dense_streams,
             )
         except MediaError as error:
             return self.failed(segment, error.reason, str(error))
@@ -495,6 +478,7 @@ class Decode:
                 origin_pts=file.origin_pts,
                 limits=self.limits,
                 with_picture=self.pace.due(meta.stream_id),
+                dense_streams=self.dense_streams,
             )
         except OSError as error:
             reason = f"cannot read {table_text(file.uri)}: {error.strerror or error}"

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -245,6 +246,7 @@ class VideoReader:
         self.n_errors = 0  # packets that the decoder refused
         self.n_corrupt = 0
         self.interlaced = False
+        self.source = self.packets()
 
     def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
         rate = self.stream.average_rate or self.stream.guessed_rate or FALLBACK_FPS
@@ -266,7 +268,7 @@ class VideoReader:
 
     def decoded(self) -> Iterator[VideoFrame]:
         """Yield whatever the decoder gives, going on past packets that it refuses."""
-        for packet in self.packets():
+        for packet in self.source:
             self.count(packet)
             yield from self.attempt(packet)
         yield from self.attempt(None)  # flush: what it held back to reorder
@@ -300,13 +302,28 @@ class VideoReader:
             # PyAV 18, at the end of a file in which a further stream has begun on the way; all packets have come.
             log.debug("container with a stream that begins later")
 
+    def read_ahead(self, max_bytes: int) -> list[av.Packet] | None:
+        """Read all packets before any is decoded, or None if they are more; either way iterate afterwards."""
+        source, ahead, n_bytes = self.source, [], 0
+        for packet in source:
+            ahead.append(packet)
+            n_bytes += packet.size
+            if n_bytes > max_bytes:
+                break
+        self.source = chain(ahead, source)
+        return ahead if n_bytes <= max_bytes else None
+
     def count(self, packet: av.Packet) -> None:
         """Count a packet that should become a frame, and keep the first one's timestamp."""
-        if packet.is_discard or self.is_before(packet.pts):  # of an edit list's, decoded for reference only
+        if not self.is_shown(packet):
             return
         if not self.n_packets:
             self.first_packet_ticks = packet.pts
         self.n_packets += 1
+
+    def is_shown(self, packet: av.Packet) -> bool:
+        """Tell whether a packet's frame is wanted, rather than decoded for reference only (as of an edit list's)."""
+        return not (packet.is_discard or self.is_before(packet.pts))
 
     def is_before(self, ticks: int | None) -> bool:
         """Tell whether a time lies before what is wanted."""
