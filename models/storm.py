@@ -166,6 +166,11 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         """Return the language model's."""
         return self.language_model.get_output_embeddings()
 
+    @property
+    def tower(self) -> nn.Module:
+        """Return the vision tower, its own or the imported model's."""
+        return self.frame_encoder.tower if self.config.imported else self.vision_tower
+
     def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
         """Return the named parameters of a part.
 
@@ -180,7 +185,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"part is {part!r}; expected vision_tower, multi_modal_projector, temporal_encoder or language_model"
             )
-        in_tower = {id(p) for p in self.frame_encoder.tower.parameters()} if self.config.imported else set()
+        in_tower = {id(p) for p in self.tower.parameters()} if self.config.imported else set()
 
         def part_of(name: str, parameter: nn.Parameter) -> str:
             first = name.partition(".")[0]

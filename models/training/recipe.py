@@ -73,8 +73,9 @@ class Stage:
         weights: Of kinds of question; kinds not named have weight 1, or 0 where `only` is set.
         only: Whether kinds that `weights` does not name are left out.
         worlds: For each kind of world, its share of the clips.
-        cached_streams: Encode so many clips once, keep their tokens on disk, and train on those; needs the encoder
-            to be frozen. 0: encode as it goes.
+        cached_streams: Train on so many clips, which are seen once: where the language model alone trains, their
+            tokens are kept on disk, and else what the vision tower gives, which must be frozen. 0: clips that are
+            seen as they come.
         data: A folder, .jsonl or .parquet of real video with text, see `pairs`; nothing: the world of shapes. A clip
             is then a stretch of video as `clip_frames` evenly spaced frames, read whole: `window_chunks`, `worlds` and
             `weights` do not apply.
@@ -123,13 +124,16 @@ class Stage:
                 raise ValueError(f"{where}: {name} is {getattr(self, name)}; expected 1 or more")
         if not self.train:
             raise ValueError(f"{where}: train names no part; expected one or more of {', '.join(PARTS)}")
-        if self.cached_streams and (self.task != "text" or self.train != ("language_model",)):
+        if self.cached_streams and (self.task != "text" or "vision_tower" in self.train):
             raise ValueError(
                 f"{where}: cached_streams is {self.cached_streams} but {', '.join(self.train)} train on {self.task!r}; "
-                "expected task 'text' and train [language_model]: tokens can only be kept while the encoder is frozen"
+                "expected task 'text' and a vision tower that does not train: what it gives could not be kept"
             )
-        if any(self.budget_tokens) and not self.cached_streams:
-            raise ValueError(f"{where}: budget_tokens is {self.budget_tokens} without cached_streams; expected both")
+        if any(self.budget_tokens) and not self.keeps_tokens:
+            raise ValueError(
+                f"{where}: budget_tokens is {self.budget_tokens}; expected cached_streams with it, and train "
+                "[language_model]: tokens are chosen from those on disk"
+            )
         if self.data is not None and self.task != "text":
             raise ValueError(f"{where}: data is {self.data!r} for task {self.task!r}; expected task 'text'")
         if self.budget_tokens and len(self.budget_tokens) != len(self.window_chunks):
@@ -137,6 +141,11 @@ class Stage:
                 f"{where}: budget_tokens has {len(self.budget_tokens)} entries; expected one for each of the "
                 f"{len(self.window_chunks)} window_chunks, or none"
             )
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the stage trains on tokens that lie on disk."""
+        return self.cached_streams > 0 and self.train == ("language_model",)
 
     def question_weights(self) -> dict[str, float]:
         """Return the weight of every kind of question."""

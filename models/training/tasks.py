@@ -18,6 +18,7 @@ from ..processing import StormProcessor
 from ..selection import VideoChunk, select_chunks
 from ..storm import StormForConditionalGeneration
 from .clips import FPS, Clip, label_places, make_clip, seed_of
+from .feature_cache import FeatureCache
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
 from .packing import TextBatch, TextPacker, collate, look_back_at_most, look_within_frames
 from .pairs import PairClip, read_pairs, split_pairs
@@ -79,6 +80,11 @@ class Task:
         seeing = "vision_tower" in self.stage.train or model.config.imported is not None
         with torch.set_grad_enabled(seeing), _autocast(model.device, bfloat16):
             features = model._features(self._pixels(clips))
+        return self._mix(features)
+
+    def _mix(self, features: Tensor) -> Tensor:
+        """Return what the temporal encoder makes of features, both (B, T, rows, cols, d)."""
+        model = self.model
         with _autocast(model.device):
             x = model._project(features.float())
             x, _ = model.temporal_encoder(x, chunk_frames=_grid_of_chunks(model))
@@ -135,7 +141,7 @@ class TextTask(Task):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._packer = TextPacker(self.processor)
-        self._cache: TokenCache | None = None
+        self._cache: TokenCache | FeatureCache | None = None
         self._weights = self.stage.question_weights()
 
     def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
@@ -145,7 +151,12 @@ class TextTask(Task):
             worlds = dict(self.stage.worlds)
             key = f"{self.seed} {self.stage_index} {self.stage.clip_frames} {self.stage.data or worlds}"
             n = self.stage.cached_streams
-            self._cache = fill_cache(folder, self.model, self.processor, n, self.clip, key, on_clips=on_clips)
+            if self.stage.keeps_tokens:
+                self._cache = fill_cache(folder, self.model, self.processor, n, self.clip, key, on_clips=on_clips)
+            else:
+                with _autocast(self.model.device):
+                    features = FeatureCache(folder, self.model, self.processor, key)
+                    self._cache = features.fill(n, self.clip, on_clips)
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
         """See `Task.loss`."""
@@ -199,15 +210,24 @@ class TextTask(Task):
 
     def _encode_windows(self, windows: Sequence[_Window], n_chunks: int, held_out: bool) -> list[Tensor]:
         """Return each window's tokens, (n_chunks, tokens of a chunk, d_model)."""
-        if self._cache is not None and not held_out:
+        if isinstance(self._cache, TokenCache) and not held_out:
             return [self._cache.tokens[w.index, w.first : w.first + n_chunks] for w in windows]
-        clips = [self.clip(w.index, held_out) for w in windows]
         if set(self.stage.train) == {"language_model"} or held_out:
-            tokens = encode_clips(self.model, self.processor, clips)
+            tokens = encode_clips(self.model, self.processor, [self.clip(w.index, held_out) for w in windows])
         else:
-            tokens = _pool(self._encode(clips), self.model.config.temporal_pool, self.model.config.spatial_pool)
+            tokens = _pool(
+                self._encode_for_training(windows), self.model.config.temporal_pool, self.model.config.spatial_pool
+            )
             tokens = tokens.unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
         return [tokens[i, w.first : w.first + n_chunks] for i, w in enumerate(windows)]
+
+    def _encode_for_training(self, windows: Sequence[_Window]) -> Tensor:
+        """Return what the temporal encoder gives for the windows' whole clips, (B, T, rows, cols, d)."""
+        indices = [window.index for window in windows]
+        if not isinstance(self._cache, FeatureCache):
+            return self._encode([self.clip(index) for index in indices])
+        with _autocast(self.model.device):
+            return self._mix(self._cache.features(indices, self.stage.clip_frames))
 
     def _predict(self, batch: TextBatch, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits at the places where something is to be predicted, and what is."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +11,9 @@ from torch import Tensor
 
 from ..processing import StormProcessor
 from ..storm import StormForConditionalGeneration
+from .cache_folder import SHARD_CLIPS, keep_only, shard_path, weights_hash, written_whole
 from .clips import Clip
 
-SHARD_CLIPS = 32  # in a file: what an interruption loses, at most
 ENCODER_PARTS = ("vision_tower", "multi_modal_projector", "temporal_encoder")
 
 
@@ -52,14 +49,15 @@ def fill_cache(
         batch: Clips that are encoded together.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _keep_only(folder, {"key": key, "encoder": encoder_hash(model), "n_clips": n_clips})
+    keep_only(folder, {"key": key, "encoder": weights_hash(model, ENCODER_PARTS), "n_clips": n_clips})
     shards = []
     for first in range(0, n_clips, SHARD_CLIPS):
-        path = folder / f"clips-{first:06d}.safetensors"
+        path = shard_path(folder, first)
         if not path.is_file():
             clips = [clip_at(i) for i in range(first, min(first + SHARD_CLIPS, n_clips))]
             parts = [encode_clips(model, processor, clips[i : i + batch]) for i in range(0, len(clips), batch)]
-            _write(path, torch.cat(parts))
+            tokens = {"tokens": torch.cat(parts).contiguous()}
+            written_whole(path, lambda temporary, tokens=tokens: save_file(tokens, temporary))
         shards.append(load_file(path)["tokens"])
         if on_clips:
             on_clips(min(first + SHARD_CLIPS, n_clips))
@@ -73,29 +71,3 @@ def encode_clips(model: StormForConditionalGeneration, processor: StormProcessor
     tokens = model.encode_video(frames.to(model.device, model.dtype))
     n_chunks = -(-clips[0].n_frames // model.config.chunk_frames)
     return tokens.to(torch.float16).unflatten(1, (n_chunks, -1)).cpu()
-
-
-def encoder_hash(model: StormForConditionalGeneration) -> str:
-    """Return hex digits that change with the weights that make tokens."""
-    digest = hashlib.sha256()
-    for name in ENCODER_PARTS:
-        for key, tensor in sorted(model.parameters_of(name).items()):
-            digest.update(key.removeprefix(f"{name}.").encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _keep_only(folder: Path, wanted: dict[str, object]) -> None:
-    """Delete what is not what is wanted."""
-    about = folder / "about.json"
-    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted:
-        return
-    for path in folder.glob("clips-*.safetensors"):
-        path.unlink()
-    about.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(path: Path, tokens: Tensor) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({"tokens": tokens.contiguous()}, temporary)
-    os.replace(temporary, path)

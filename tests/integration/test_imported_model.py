@@ -1,19 +1,27 @@
-"""A small imported model, through the whole of `stormline run` and `stormline ask`."""
+"""A small imported model, through the whole of `stormline run`, `stormline archive` and `stormline ask`."""
 
 from __future__ import annotations
 
 import threading
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
 import pyarrow.dataset as ds
 import pytest
+from archive_clips import write_clip
 from kafka.admin import KafkaAdminClient, NewTopic
 from ray import serve
 from small_sources import save_source
 from typer.testing import CliRunner
 
 from stormline.models.loading import load_model
+from stormline.operators.decode import decode_file
+from stormline.operators.rows import SegmentMeta
+from stormline.operators.sampling import GridSpec
+from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions
 from stormline.pipeline.cli import app
 from stormline.pipeline.publish.publisher import publish_source
 from stormline.pipeline.serving import LLM_APP
@@ -31,8 +39,22 @@ def deploy_llm(settings: Settings) -> None:
     serve.run(llm.bind(settings.model, settings.llm), name=LLM_APP, route_prefix=None)
 
 
+def archive(settings: Settings, source: Path) -> None:
+    """Archive a folder to its end."""
+    feed = ArchiveFeed(settings.output.path, ArchiveOptions([str(source)]), lambda text: None)
+    supervisor = Supervisor(settings, lambda text: None, archive=feed)
+    alarm = threading.Timer(RUN_LIMIT_S, supervisor.request_stop)
+    alarm.start()
+    supervisor.run()
+    alarm.cancel()
+
+
+def rows_of(settings: Settings, table: str) -> list[dict[str, Any]]:
+    return ds.dataset(settings.output.path / table, format="parquet").to_table().to_pylist()
+
+
 @pytest.mark.timeout(240)
-def test_imported_model_when_run_and_asked_then_as_any_other(broker, services, make_settings, tmp_path):
+def test_imported_model_when_run_and_archived_and_asked_then_as_any_other(broker, services, make_settings, tmp_path):
     save_source("internvl", tmp_path / "tiny-internvl")
     imported = CliRunner().invoke(app, ["import", str(tmp_path / "tiny-internvl"), str(tmp_path / "storm")])
     assert imported.exit_code == 0, imported.output
@@ -50,9 +72,8 @@ def test_imported_model_when_run_and_asked_then_as_any_other(broker, services, m
         supervisor.run(until_idle_s=1.0)
         alarm.cancel()
 
-        tokens = ds.dataset(settings.output.path / "tokens", format="parquet").to_table().to_pylist()
-        results = ds.dataset(settings.output.path / "results", format="parquet").to_table().to_pylist()
-        results = [row for row in results if row["query_id"] == "caption"]
+        tokens = rows_of(settings, "tokens")
+        results = [row for row in rows_of(settings, "results") if row["query_id"] == "caption"]
         config = load_model(tmp_path / "storm", device="cpu").model.config
         assert {(row["token_count"], row["token_dim"]) for row in tokens} == {(config.n_tokens(4), config.d_model)}
         assert len(tokens) == 5  # of 18 frames: four chunks and a short one
@@ -66,5 +87,22 @@ def test_imported_model_when_run_and_asked_then_as_any_other(broker, services, m
         assert answered.exit_code == 0, answered.output
         with openai.OpenAI(base_url=f"{services.url}/v1", api_key=services.key, timeout=60) as client:
             assert [model.id for model in client.models.list()] == ["tiny-internvl", "stormline"]
+
+        write_clip(tmp_path / "videos" / "clip.mp4", 9)
+        archived = make_settings("imported", "archived", f"model.path={tmp_path / 'storm'}")
+        archive(archived, tmp_path / "videos")
+        whole = decode_file(
+            tmp_path / "videos" / "clip.mp4",
+            SegmentMeta("clip", "s", 0, 0, 0, "", True, 0, "t", 0, 0, 0, 0),
+            grid=GridSpec(Fraction(2)),
+            frame_hw=(config.image_size, config.image_size),
+        )
+        expected = load_model(tmp_path / "storm", device="cpu").model.encode_clip(whole.frames[:-1])
+        tokens = sorted(rows_of(archived, "tokens"), key=lambda row: row["chunk_index"])
+        found = np.concatenate([np.asarray(row["tokens"], np.float16).reshape(-1, config.d_model) for row in tokens])
+        np.testing.assert_array_equal(found, expected.numpy())
+        results = [row for row in rows_of(archived, "results") if row["query_id"] == "caption"]
+        assert len(results) == 3
+        assert {row["model"] for row in tokens + results} == {"tiny-internvl"}
     finally:
         deploy_llm(make_settings("imported"))

@@ -13,6 +13,7 @@ from small_sources import save_source
 
 from stormline.models.importing import import_model
 from stormline.models.loading import load_model
+from stormline.models.training.feature_cache import FeatureCache
 from stormline.models.training.lora import Lora
 from stormline.models.training.recipe import recipe_from_dict
 from stormline.models.training.trainer import Trainer
@@ -141,3 +142,33 @@ def test_trainer_when_video_is_bidirectional_then_it_learns_on_the_logits_that_a
 
     torch.testing.assert_close(packed[row], alone, atol=1e-4, rtol=1e-4)
     assert len(wanted) == len(packed)
+
+
+def test_trainer_when_features_are_kept_then_looks_once_and_learns_and_a_stop_leaves_no_trace(
+    start, tmp_path, monkeypatch
+):
+    recipe = make_recipe(start, cached_streams=6)
+    before = hashes(load_model(start, device="cpu").model)
+    seen = []
+    see = FeatureCache._see
+    monkeypatch.setattr(FeatureCache, "_see", lambda *args: seen.append(1) or see(*args))
+
+    whole, losses = run(recipe, tmp_path / "whole")
+    steps = itertools.count()
+    run(recipe, tmp_path / "pieces", should_stop=lambda: next(steps) == 5)
+    n_seen = len(seen)
+    pieces, _ = run(recipe, tmp_path / "pieces")
+
+    after = hashes(load_model(whole, device="cpu").model)
+    assert {part for part in before if before[part] != after[part]} == set(ALIGN["train"])
+    assert hashes(load_model(pieces, device="cpu").model) == after
+    assert losses[-1] < 0.9 * next(loss for loss in losses if loss)  # the first report is of the clips
+    assert (n_seen, len(seen)) == (12, 12)  # six clips for each folder, none again after the stop
+
+
+def test_recipe_when_the_tower_trains_then_its_features_cannot_be_kept():
+    stage = {**ALIGN, "train": ["vision_tower", "temporal_encoder"], "cached_streams": 4}
+    with pytest.raises(ValueError, match="a vision tower that does not train"):
+        recipe_from_dict({"name": "r", "stages": [stage]})
+    with pytest.raises(ValueError, match="tokens are chosen from those on disk"):
+        recipe_from_dict({"name": "r", "stages": [{**ALIGN, "cached_streams": 4, "budget_tokens": [8]}]})
