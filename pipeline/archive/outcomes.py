@@ -13,7 +13,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ...operators.rows import table_text
+from ..compacted_files import while_files_move
 from ..durable_files import make_folder, temporary_path
+from ..tables import DEAD_LETTERS
 from .work_list import RANGES_PER_VIDEO, TOPIC, WorkItem, WorkList, committed_offsets, is_done
 
 NOTICES = ("damaged",)  # reasons of dead letters with which a video still counts as done
@@ -91,6 +93,7 @@ def videos_table(found: Sequence[Outcome]) -> pa.Table:
 
 
 _Letter = tuple[str, str]  # reason, detail
+_OF_ARCHIVE = pc.field("topic") == TOPIC
 
 
 def _outcome(item: WorkItem, done: bool, letters: Sequence[_Letter]) -> Outcome:
@@ -112,7 +115,10 @@ def _letters(root: Path) -> dict[tuple[int, int], list[_Letter]]:
     if not folder.is_dir():
         return {}
     columns = ["partition", "offset", "reason", "detail"]
-    table = ds.dataset(folder, format="parquet").to_table(columns, filter=pc.field("topic") == TOPIC)
+    # With the schema: a lane that writes its first file has made the folder before.
+    table = while_files_move(
+        lambda: ds.dataset(folder, schema=DEAD_LETTERS, format="parquet").to_table(columns, filter=_OF_ARCHIVE)
+    )
     letters: dict[tuple[int, int], list[_Letter]] = {}
     for row in sorted(table.to_pylist(), key=lambda row: (row["partition"], row["offset"])):
         place = row["partition"], row["offset"] // RANGES_PER_VIDEO

@@ -16,6 +16,7 @@ from stormline.operators.rows import Barrier, Segment
 from stormline.operators.sampling import GridSpec, SamplerState, step_sampler
 from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions, ArchivePlan
 from stormline.pipeline.archive.find_videos import find_videos
+from stormline.pipeline.archive.outcomes import outcomes
 from stormline.pipeline.archive.source import ArchiveReader, ArchiveSourcePlan, Pace, segments_of
 from stormline.pipeline.archive.work_list import RANGES_PER_VIDEO, WorkItem, WorkList, is_done
 from stormline.pipeline.commands.archive import archive_queries
@@ -340,3 +341,12 @@ def test_queries_when_questions_are_asked_then_each_has_a_name_and_its_window():
     ]
     mine = load_settings(None, ["queries=[{id: mine, window_s: 5}]"])
     assert [q.id for q in archive_queries(mine, [], 30.0, True)] == ["mine"]
+
+
+def test_outcomes_when_a_lane_is_about_to_write_its_first_dead_letters_then_every_video_waits(clips, tmp_path):
+    WorkList(tmp_path).append([item_of(clips["closed"])])
+    date = tmp_path / "dead_letters" / "date=2026-01-01"
+    date.mkdir(parents=True)
+    (date / ".lane-000-epoch-00000001.parquet.tmp").write_bytes(b"")
+
+    assert [outcome.state for outcome in outcomes(tmp_path)] == ["waiting"]
