@@ -17,8 +17,10 @@ tokens, only the times of the media do, so that a replay gives the same rows.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,14 +65,13 @@ def block_of(rows: Sequence[Row]) -> pa.Table:
 def _lists_of_buffers(lists: Sequence[Sequence[Buffer]]) -> pa.ListArray:
     parts = [part for each in lists for part in each]
     data = pa.py_buffer(parts[0]) if len(parts) == 1 else pa.py_buffer(b"".join(parts))
-    sizes = np.array([memoryview(part).nbytes for part in parts], np.int64)
-    offsets = pa.py_buffer(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    offsets = pa.py_buffer(array("q", [0, *accumulate(memoryview(part).nbytes for part in parts)]))
     values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(parts), [None, offsets, data])
     return pa.ListArray.from_arrays(_offsets([len(each) for each in lists]), values)
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.array([0, *accumulate(lengths)], pa.int32())
 
 
 def rows_of(block: pa.Table) -> list[Row]:
@@ -171,7 +172,7 @@ class Segment:
     def to_row(self, lane_seq: int) -> Row:
         """Return its row."""
         dead, dead_parts = _pack_dead(self.dead_letters)
-        header = {"meta": asdict(self.meta), "dead": dead}
+        header = {"meta": {**vars(self.meta)}, "dead": dead}
         if self.file is not None:
             header["file"] = asdict(self.file)
         return Row(self.KIND, lane_seq, header, (self.data, *dead_parts))
@@ -219,7 +220,7 @@ class DecodedSegment:
         """Return its row."""
         dead, dead_parts = _pack_dead(self.dead_letters)
         header = {
-            "meta": asdict(self.meta),
+            "meta": {**vars(self.meta)},
             "grid": self.grid_indices.tolist(),
             "shape": list(self.frames.shape),
             "first_ns": self.first_ns,
@@ -302,7 +303,7 @@ class EncodedSegment:
         dead, dead_parts = _pack_dead(self.dead_letters)
         chunk_headers, chunk_parts = _pack_chunks(self.chunks)
         header = {
-            "meta": asdict(self.meta),
+            "meta": {**vars(self.meta)},
             "chunks": chunk_headers,
             "closed": list(self.closed_sessions),
             "n_frames": self.n_frames,
