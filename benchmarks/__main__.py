@@ -30,7 +30,7 @@ RUNS: dict[str, tuple[str, ...]] = {  # the quickest first
     "ask": (),
     "flat": (),
     "compact": ("--files", "1000"),
-    "archive": ("--videos", "8"),
+    "archive": ("--videos", "12"),
 }
 
 

@@ -19,7 +19,6 @@ Each whole way is run over one short video, too; that is its start-up, and speed
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -37,11 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import av
-import psutil
 import pyarrow.dataset as ds
 import ray
 import torch
 from archive_peers import CHUNK_FRAMES, FPS, MAX_NEW_TOKENS, Watcher, bare_frames, describe, windows_of
+from measuring import CpuLog
 
 from stormline.operators.decode import decode_file
 from stormline.operators.rows import SegmentMeta
@@ -134,10 +133,15 @@ class Took:
     """What a way took, from its start to its end."""
 
     wall_s: float
-    cpu_s: float  # of all its processes: what other work on the machine says least in
+    parts_s: dict[str, float]  # CPU seconds of its processes: what other work on the machine says least in
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(self.parts_s.values())
 
     def __sub__(self, other: Took) -> Took:
-        return Took(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+        parts_s = {part: s - other.parts_s.get(part, 0.0) for part, s in self.parts_s.items()}
+        return Took(self.wall_s - other.wall_s, parts_s)
 
 
 def whole(way: str, folder: Path, out: Path, ray_folder: Path) -> Took:
@@ -145,28 +149,16 @@ def whole(way: str, folder: Path, out: Path, ray_folder: Path) -> Took:
     shutil.rmtree(out, ignore_errors=True)
     environ = {**os.environ, "RAY_TMPDIR": str(ray_folder), "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     began_s = time.perf_counter()
-    cpu_s: dict[int, float] = {}
+    cpu = CpuLog()
     with out.with_suffix(".log").open("w+") as log:
         ran = subprocess.Popen(command_of(way, folder, out), env=environ, stdout=log, stderr=subprocess.STDOUT)
         while ran.poll() is None:
-            cpu_s |= cpu_by_process(ran.pid)
+            cpu.look(ran.pid)
             time.sleep(LOOK_S)
         log.seek(0)
         if ran.returncode:
             raise SystemExit(f"{way} ended with {ran.returncode}:\n{log.read()[-3000:]}")
-    return Took(time.perf_counter() - began_s, sum(cpu_s.values()))
-
-
-def cpu_by_process(pid: int) -> dict[int, float]:
-    """Return the CPU seconds so far of a process and of all below it."""
-    found = {}
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        for one in [root, *root.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = one.cpu_times()
-                found[one.pid] = times.user + times.system
-    return found
+    return Took(time.perf_counter() - began_s, cpu.seconds())
 
 
 def rows_written(way: str, out: Path) -> tuple[int, int]:
@@ -182,7 +174,9 @@ def rows_written(way: str, out: Path) -> tuple[int, int]:
 
 def medians(series: list[Took]) -> Took:
     """Return the median of each."""
-    return Took(statistics.median(t.wall_s for t in series), statistics.median(t.cpu_s for t in series))
+    parts = {part for took in series for part in took.parts_s}
+    parts_s = {part: statistics.median(took.parts_s.get(part, 0.0) for took in series) for part in parts}
+    return Took(statistics.median(t.wall_s for t in series), parts_s)
 
 
 def startup_spread_s(startup: list[Took], took: list[Took]) -> float:
@@ -257,6 +251,7 @@ def main() -> None:
                 "with_startup_times_real_time": round(video_s / medians(took[way]).wall_s, 1),
                 "startup_s": round(medians(startup[way]).wall_s, 1),
                 "cpu_s": round(work[way].cpu_s, 1),
+                "cpu_s_by_part": {part: round(s, 1) for part, s in sorted(work[way].parts_s.items())},
                 "startup_cpu_s": round(medians(startup[way]).cpu_s, 1),
             }
             for way in ways

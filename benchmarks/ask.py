@@ -3,13 +3,15 @@
     python benchmarks/ask.py [--rounds 30] [--seconds 20]
 
 Writes two streams of tokens to Parquet, as lanes would: ten hours and one minute. Over the HTTP service, in turns and
-with the same budget, it asks about all of each, and takes the time to the first token. Then one questioner asks
-without a pause, and eight do: answers a second, same questions, same number of words.
+with the same budget, it asks about all of each, and takes the time to the first token. Then one questioner asks without
+a pause, and eight do: answers a second, same questions, same number of words. At last, the time to the first token
+while others ask without a pause, each time about another stretch, whose video has to be read anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -40,6 +42,7 @@ CHUNKS = {"ten hours": 18_000, "one minute": 30}
 CHUNKS_PER_COMMIT = 150  # five minutes in a file
 BUDGET_TOKENS = 256
 WORDS = 24
+OTHERS = (0, 3, 15)  # who ask at the same time
 QUESTION = "Describe what happens."
 
 
@@ -72,11 +75,11 @@ class Questioner:
         url = urlsplit(base_url(settings.serve))
         self._connection = HTTPConnection(str(url.hostname), url.port, timeout=120)
 
-    def first_token_s(self, stream: str) -> float:
+    def first_token_s(self, stream: str, last: str = "10h") -> float:
         """Return the time to an answer's first token; reads the answer to its end."""
         began_s = time.perf_counter()
         first_s = None
-        for line in self._ask(stream, stream_answer=True):
+        for line in self._ask(stream, last, stream_answer=True):
             event = line.removeprefix(b"data: ").strip()
             if first_s is None and event.startswith(b"{"):
                 choices = json.loads(event)["choices"]
@@ -85,13 +88,13 @@ class Questioner:
         assert first_s is not None, "an answer without a word"
         return first_s
 
-    def answer(self, stream: str) -> None:
+    def answer(self, stream: str, last: str = "10h") -> None:
         """Wait for a whole answer."""
-        told = json.loads(self._ask(stream, stream_answer=False).read())
+        told = json.loads(self._ask(stream, last, stream_answer=False).read())
         assert told["choices"][0]["message"]["content"], told
 
-    def _ask(self, stream: str, *, stream_answer: bool) -> HTTPResponse:
-        part = {"type": "video_url", "video_url": {"url": make_stream_url(stream, last="10h")}}
+    def _ask(self, stream: str, last: str, *, stream_answer: bool) -> HTTPResponse:
+        part = {"type": "video_url", "video_url": {"url": make_stream_url(stream, last=last)}}
         body = {
             "model": "stormline",
             "messages": [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}],
@@ -127,6 +130,30 @@ def answers_per_s(settings: Settings, n_questioners: int, seconds: float) -> flo
     return sum(counts) / (time.monotonic() - began_s)
 
 
+def first_token_under_load_ms(settings: Settings, n_others: int, rounds: int) -> dict[str, float]:
+    """Return the time to the first token while so many others ask, all about stretches that nobody asked about."""
+    stretches = itertools.cycle([f"{minutes}m" for minutes in range(30, 600)])
+    done = threading.Event()
+
+    def go_on() -> None:
+        ask = Questioner(settings)
+        while not done.is_set():
+            ask.answer("ten hours", next(stretches))
+
+    threads = [threading.Thread(target=go_on) for _ in range(n_others)]
+    for thread in threads:
+        thread.start()
+    ask, took_ms = Questioner(settings), []
+    for turn in range(rounds + 2):
+        each_s = ask.first_token_s("ten hours", next(stretches))
+        if turn >= 2:  # all are at it
+            took_ms.append(1e3 * each_s)
+    done.set()
+    for thread in threads:
+        thread.join()
+    return {"p50": round(statistics.median(took_ms), 1), "p95": round(float(np.percentile(took_ms, 95)), 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
@@ -151,6 +178,7 @@ def main() -> None:
                 for _ in range(2):  # in turns: these machines are not quiet
                     for n, series in rates.items():
                         series.append(answers_per_s(settings, n, options.seconds / 2))
+                under_load = {f"{n} others": first_token_under_load_ms(settings, n, options.rounds) for n in OTHERS}
     one, eight = (statistics.mean(rates[n]) for n in (1, 8))
     report = {
         "budget_tokens": BUDGET_TOKENS,
@@ -160,6 +188,7 @@ def main() -> None:
         "answers_per_s": {"one questioner": round(one, 2), "eight questioners": round(eight, 2)},
         "eight_over_one": round(eight / one, 2),
         "goal_eight_over_one": 4.0,
+        "first_token_under_load_ms": under_load,
     }
     write_result("ask", report, ["ray"])
 

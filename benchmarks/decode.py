@@ -26,7 +26,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from measuring import in_turns, write_result
+from measuring import in_turns, spent_on, write_result
 
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.decode import decode_segment
@@ -153,6 +153,7 @@ def main() -> None:
                 "sampled_frames_per_s": told,
                 "ours_over_bare": ratio,
                 "ours_all_over_bare": round(told["ours, all"] / told["PyAV"], 2),
+                "spent_on": spent_on(works["ours"]),
             }
             print(f"{size}, {codec}: {told}, ours over PyAV {ratio}", flush=True)
     write_result("decode", report, ["av"])

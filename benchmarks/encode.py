@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import in_turns, write_result
+from measuring import in_turns, spent_on, write_result
 from torch import nn
 
 from stormline.models.loading import load_model
@@ -78,6 +78,8 @@ def main() -> None:
                 "of its matrix products": round(took["products"] * n / took["one by one"], 2),
                 "live_streams_a_core": round(n * chunk_s / took["one by one"], 0),
             }
+            if n == 1:
+                each["spent_on"] = spent_on(lambda f=frames, s=states: model.encode_chunks(f, s), times=20)
             print(f"{n} streams: {each}", flush=True)
     told["cores"] = os.cpu_count()
     write_result("encode", told, ["torch", "transformers"])

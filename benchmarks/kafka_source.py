@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.compute as pc
 import ray
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from measuring import in_turns, write_result
+from measuring import in_turns, spent_on, write_result
 
 from stormline.infra.broker import EmbeddedBroker
 from stormline.operators.rows import Segment, rows_of
@@ -122,12 +122,14 @@ def main() -> None:
                 options.rounds,
             )
             working_s = max(1e-3, took["ray"] - took["ray's start"])
+            spent = spent_on(lambda t=topic, n=n: by_ours(kafka, t, n), times=1)
             told["messages"][name] = each = {
                 "ours_mb_per_s": round(n * n_bytes / took["ours"] / 1e6, 1),
                 "ours_messages_per_s": round(n / took["ours"], 1),
                 "ours_over_bare": round(took["bare"] / took["ours"], 2),
                 "ours_over_ray": round(took["ray"] / took["ours"], 2),
                 "ours_over_ray_without_its_start": round(working_s / took["ours"], 2),
+                "spent_on": spent,
             }
             print(f"{name}: {each}", flush=True)
         ray.shutdown()

@@ -19,7 +19,7 @@ from fractions import Fraction
 
 import pyarrow as pa
 import ray
-from measuring import write_result
+from measuring import CpuLog, write_result
 from ray.data import DataContext
 
 from stormline.infra.broker import EmbeddedBroker
@@ -37,6 +37,7 @@ from stormline.pipeline.settings import load_settings
 GOAL_ROWS_PER_S = 40
 FRAME_HW = (64, 64)
 DECODERS = 2
+MIN_MS = 0.1  # of a part that is worth telling
 
 
 class HandOn:
@@ -100,8 +101,9 @@ class EncodeHere:
         yield from self._encode(table)
 
 
-def through_lane(plan: SourcePlan, n_segments: int, encode: type) -> float:
-    """Return the segments a second through the lane, from its first to its last."""
+def through_lane(plan: SourcePlan, n_segments: int, encode: type) -> tuple[float, dict[str, float]]:
+    """Return the segments a second through the lane, from its first to its last, and each part's CPU ms a segment."""
+    before, after = CpuLog(), CpuLog()
     lane_context(DataContext.get_current())
     dataset = build_dataset(
         KafkaSource(plan),
@@ -117,10 +119,15 @@ def through_lane(plan: SourcePlan, n_segments: int, encode: type) -> float:
     for row in iter_rows(dataset):
         if row.kind != "barrier":
             n += 1
-            first_s = first_s or time.perf_counter()
+            if n == 1:
+                before.look(os.getpid())
+                first_s = time.perf_counter()
         if n == n_segments:
             break
-    return (n - 1) / (time.perf_counter() - first_s)
+    took_s = time.perf_counter() - first_s
+    after.look(os.getpid())
+    ms = {part: 1e3 * (s - before.seconds().get(part, 0.0)) / (n - 1) for part, s in after.seconds().items()}
+    return (n - 1) / took_s, {part: round(each, 2) for part, each in sorted(ms.items()) if each >= MIN_MS}
 
 
 def main() -> None:
@@ -141,8 +148,8 @@ def main() -> None:
             logging_level="ERROR",
             object_store_memory=512 << 20,
         )
-        rate = through_lane(plan, n_segments, HandOn)
-        with_model = through_lane(plan, n_segments, EncodeHere)
+        rate, spent = through_lane(plan, n_segments, HandOn)
+        with_model, spent_with_model = through_lane(plan, n_segments, EncodeHere)
         ray.shutdown()
     cores = os.cpu_count() or 1
     report = {
@@ -151,10 +158,12 @@ def main() -> None:
         "goal_rows_per_s": GOAL_ROWS_PER_S,
         "decode_alone_rows_per_s": round(decoding, 1),
         "lane_over_decode_limit": round(rate / (decoding * min(DECODERS, cores)), 3),
+        "cpu_ms_a_row": spent,
         "with_model": {
             "live_streams": round(with_model, 1),
             "decode_and_encode_alone_rows_per_s": round(encoding, 1),
             "lane_over_limit": round(with_model / (encoding * cores), 3),
+            "cpu_ms_a_row": spent_with_model,
         },
     }
     write_result("lane", report, ["ray", "av"])

@@ -10,6 +10,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by `make bench` -->\n", "<!-- until here -->\n"
+PROFILES_NAME = "profiles.md"
+PROFILES = {"spent_on": "{:.0%}", "cpu_ms_a_row": "{:.1f} ms", "cpu_s_by_part": "{:.1f} s"}  # key of a result: unit
 Rows = Iterator[tuple[str, str, str]]  # what was measured, what came out, the goal or limit
 
 
@@ -151,6 +153,12 @@ def of_ask(d: dict[str, Any]) -> Rows:
         f"{eight:.0f} and {one:.0f}",
         f"{d['goal_eight_over_one']:.0f} times; {d['eight_over_one']:.1f}",
     )
+    load = d["first_token_under_load_ms"]
+    yield (
+        f"time to the first token about a stretch that nobody asked about before, beside {', '.join(load)} who ask on",
+        ", ".join(f"{each['p50']:.0f}" for each in load.values()) + " ms median",
+        "95 %: " + ", ".join(f"{each['p95']:.0f}" for each in load.values()) + " ms",
+    )
 
 
 def of_alerts(d: dict[str, Any]) -> Rows:
@@ -264,8 +272,32 @@ def lines() -> Iterator[str]:
                 yield f"| {' | '.join(row)} |"
 
 
+def profiles() -> Iterator[str]:
+    """Yield what each measurement's time goes to, of the results that tell."""
+    yield "# What the time goes to"
+    yield ""
+    yield "Made by `make bench` beside README's table. Shares are of a function's own time, by Python's profiler: what C"
+    yield "does counts for the function that called it, and `acquire` is waiting for another thread. CPU times are of"
+    yield "processes, by what they are."
+    for name in ROWS:
+        path = RESULTS / f"{name}.json"
+        found = list(_profiles_in(json.loads(path.read_text()))) if path.exists() else []
+        if found:
+            yield from ("", f"## {name}", "", "| | |", "|---|---|", *found)
+
+
+def _profiles_in(told: dict[str, Any], where: tuple[str, ...] = ()) -> Iterator[str]:
+    for key, value in told.items():
+        if key in PROFILES:
+            largest = sorted(value.items(), key=lambda item: -item[1])
+            text = ", ".join(f"`{name}` {PROFILES[key].format(each)}" for name, each in largest)
+            yield f"| {', '.join(where) or 'all'} | {text} |"
+        elif isinstance(value, dict):
+            yield from _profiles_in(value, (*where, key))
+
+
 def write() -> None:
-    """Put the table into README, between its two marks.
+    """Put the table into README, between its two marks, and the profiles beside the results.
 
     Raises:
         ValueError: If README has not both of them.
@@ -275,6 +307,7 @@ def write() -> None:
         raise ValueError(f"{README} has not the marks {BEGIN.strip()} and {END.strip()}, once each")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
+    (RESULTS / PROFILES_NAME).write_text("\n".join(profiles()) + "\n")
     README.write_text(before + BEGIN + "\n".join(lines()) + "\n" + END + after)
 
 

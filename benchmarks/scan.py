@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import in_turns, write_result
+from measuring import in_turns, spent_on, write_result
 from torch import Tensor
 from transformers import DynamicCache, Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, mamba2_chunk_scan
@@ -85,7 +85,7 @@ def products(layer: Mamba2, n_tokens: int, *, projections: bool) -> Callable[[],
     return work
 
 
-def measure_scan(layer: Mamba2, n_tokens: int, rounds: int) -> dict[str, float]:
+def measure_scan(layer: Mamba2, n_tokens: int, rounds: int) -> dict[str, Any]:
     """Return the scan's ratios at a layer's sizes."""
     n_heads, d_head, d_state = layer.n_heads, layer.head_dim, layer.d_state
     x, dt = torch.randn(1, n_tokens, n_heads, d_head), F.softplus(torch.randn(1, n_tokens, n_heads) - 3)
@@ -112,6 +112,7 @@ def measure_scan(layer: Mamba2, n_tokens: int, rounds: int) -> dict[str, float]:
             torch.testing.assert_close(ours(), peer(), atol=1e-3, rtol=1e-3)
         works = {"ours": ours, "theirs": theirs, "listing": the_listing}
         took = in_turns(works | {"products": products(layer, n_tokens, projections=False)}, rounds)
+        spent = spent_on(ours)
 
     def train(scan: Callable[..., tuple[Tensor, Tensor]]) -> None:
         y, _ = scan(*(each.clone().requires_grad_() for each in (x, b, c)))
@@ -124,10 +125,11 @@ def measure_scan(layer: Mamba2, n_tokens: int, rounds: int) -> dict[str, float]:
         "over the paper's listing": round(took["listing"] / took["ours"], 2),
         "of its matrix products": round(took["products"] / took["ours"], 2),
         "training, over transformers": round(training["theirs"] / training["ours"], 2),
+        "spent_on": spent,
     }
 
 
-def measure_layer(ours: Mamba2, n_tokens: int, rounds: int) -> dict[str, float]:
+def measure_layer(ours: Mamba2, n_tokens: int, rounds: int) -> dict[str, Any]:
     """Return the whole layer's ratios."""
     config = Mamba2Config(
         hidden_size=ours.d_model,
@@ -155,6 +157,7 @@ def measure_layer(ours: Mamba2, n_tokens: int, rounds: int) -> dict[str, float]:
             "products": products(ours, n_tokens, projections=True),
         }
         took = in_turns(works, rounds)
+        spent = spent_on(works["ours"])
     training = in_turns(
         {"ours": lambda: ours(u)[0].square().mean().backward(), "theirs": lambda: theirs(u).square().mean().backward()},
         max(1, rounds // 2),
@@ -164,6 +167,7 @@ def measure_layer(ours: Mamba2, n_tokens: int, rounds: int) -> dict[str, float]:
         "over transformers": round(took["theirs"] / took["ours"], 2),
         "of its matrix products": round(took["products"] / took["ours"], 2),
         "training, over transformers": round(training["theirs"] / training["ours"], 2),
+        "spent_on": spent,
     }
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 import ray
+from measuring import PARTS, part_of
 from ray import serve
 
 from stormline.infra.broker import EmbeddedBroker
@@ -41,19 +42,6 @@ SETTLED_S = {
     False: 60.0,
 }  # after the first rows, until memory shall be flat: in a long run, in a short one
 LONG_MINUTES = 20.0
-PARTS = {  # what a process's command line holds
-    "source": "Source",
-    "decode": "(Decode)",
-    "encode": "(Encode)",
-    "annotate": "(Annotate)",
-    "lane": "ray::Lane",
-    "llm": "VideoLLM",
-    "token store": "TokenStore",
-    "serve": "Serve",
-    "fork server": "fork_server",
-    "ray": "ray",
-    "supervisor": "soak.py",
-}
 
 
 @dataclass(frozen=True)
@@ -91,7 +79,7 @@ class ProcessLog:
                 n_descriptors, n_threads = process.num_fds(), process.num_threads()
             except psutil.Error:
                 continue
-            part = next((part for part, mark in PARTS.items() if mark in command), None)
+            part = part_of(command)
             if part is not None:
                 name = f"{part} {process.pid}"
                 private[name], descriptors[name], threads[name] = memory.rss - memory.shared, n_descriptors, n_threads
@@ -107,7 +95,7 @@ class ProcessLog:
         told = {}
         for part in [*PARTS, "all"]:
             series = [
-                (s.time_s, sum(b for name, b in s.private_bytes.items() if part in ("all", part_of(name))) / 1e6)
+                (s.time_s, sum(b for name, b in s.private_bytes.items() if part in ("all", part_named(name))) / 1e6)
                 for s in self.settled
             ]
             if any(mb for _, mb in series):
@@ -158,8 +146,8 @@ class ProcessLog:
         return told
 
 
-def part_of(name: str) -> str:
-    """Return the part that a process belongs to."""
+def part_named(name: str) -> str:
+    """Return the part of a process named as "PART PID"."""
     return name.rpartition(" ")[0]
 
 

@@ -204,7 +204,7 @@ class DecodedSegment:
     frames: np.ndarray = field(repr=False)  # (n + 1, H, W, 3) uint8 RGB; the last one is the tail
     first_ns: int  # time of the segment's first frame
     tail_ns: int  # time of its last frame
-    n_frames: int  # frames decoded; 0 where the segment failed: then frames is (0, H, W, 3)
+    n_frames: int  # good frames, needed or not; 0 where the segment failed: then frames is (0, H, W, 3)
     dead_letters: tuple[DeadLetter, ...] = ()
     jpeg: Buffer = field(repr=False, default=b"")  # the tail as a small picture for people, where one was due
     decode_s: float = 0.0  # that a decoder was busy with it
@@ -293,7 +293,7 @@ class EncodedSegment:
     chunks: tuple[Chunk, ...]
     closed_sessions: tuple[str, ...] = ()  # sessions of this stream that end with these chunks
     dead_letters: tuple[DeadLetter, ...] = ()
-    n_frames: int = 0  # decoded
+    n_frames: int = 0  # good ones, needed or not
     n_sampled: int = 0  # taken on the grid
 
     KIND = "chunks"

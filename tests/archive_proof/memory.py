@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import psutil
 
-from benchmarks.soak import PARTS
+from benchmarks.measuring import part_of
 
 from .runs import tree
 
@@ -31,7 +31,7 @@ class MemoryLog:
         for one in tree(pid).values():
             with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 command = " ".join(one.cmdline())
-                name = next((part for part, mark in PARTS.items() if mark in command), "other")
+                name = part_of(command) or "other"
                 parts["command" if one.pid == pid else name] += one.memory_full_info().pss / 1e6
         self.samples.append(dict(parts))
         self._next_s = time.monotonic() + SAMPLE_S
