@@ -276,9 +276,9 @@ def profiles() -> Iterator[str]:
     """Yield what each measurement's time goes to, of the results that tell."""
     yield "# What the time goes to"
     yield ""
-    yield "Made by `make bench` beside the table in README. Shares are of a function's own time, by Python's profiler; what"
-    yield "C does counts for the function that called it, and `acquire` is waiting for another thread. CPU times are of"
-    yield "processes, by what they are."
+    yield "Made by `make bench` beside the table in README. Shares are of a function's own time, by Python's profiler;"
+    yield "what C does counts for the function that called it, and `acquire` is waiting for another thread. CPU times are"
+    yield "of processes, by what they are."
     for name in ROWS:
         path = RESULTS / f"{name}.json"
         found = list(_profiles_in(json.loads(path.read_text()))) if path.exists() else []

@@ -9,8 +9,7 @@ KINDS = ("encoder", "commit step 3 kill", "connections cut")
 
 
 @pytest.mark.timeout(900)  # for a busy machine, where each start of Ray takes minutes; a quiet one needs one in all
-@pytest.mark.slow
-@pytest.mark.parametrize("kinds", [KINDS, (*KINDS, "supervisor")])
+@pytest.mark.parametrize("kinds", [KINDS, pytest.param((*KINDS, "supervisor"), marks=pytest.mark.slow)])
 def test_run_when_its_parts_die_then_the_tables_are_those_of_a_run_in_which_nothing_died(kinds):
     report = Campaign(seed=4, n_faults=len(kinds), kinds=kinds, lanes=[1], serve=False).run()
 
