@@ -277,8 +277,8 @@ def profiles() -> Iterator[str]:
     yield "# What the time goes to"
     yield ""
     yield "Made by `make bench` beside the table in README. Shares are of a function's own time, by Python's profiler;"
-    yield "what C does counts for the function that called it, and `acquire` is waiting for another thread. CPU times are"
-    yield "of processes, by what they are."
+    yield "what C does counts for the function that called it, and `acquire` is waiting for another thread."
+    yield "CPU times are of processes, by what they are."
     for name in ROWS:
         path = RESULTS / f"{name}.json"
         found = list(_profiles_in(json.loads(path.read_text()))) if path.exists() else []
