@@ -114,6 +114,27 @@ def of_decode(d: dict[str, Any]) -> Rows:
     )
 
 
+MOTION_KINDS = ("direction", "size change", "stop or start", "speed", "moves", "motion")
+
+
+def of_ablation(d: dict[str, Any]) -> Rows:
+    """What the temporal encoder is worth."""
+    told = {name: d["variants"][name]["lengths"] for name in ("full", "still")}
+
+    def motion(name: str, n_frames: str) -> float:
+        kinds = told[name][n_frames]["kinds"]
+        return sum(kinds[kind] for kind in MOTION_KINDS) / len(MOTION_KINDS)
+
+    lengths = ("8", "32")
+    yield (
+        f"questions about motion ({', '.join(MOTION_KINDS)}) at {' and '.join(lengths)} frames, after 15 minutes of "
+        "training: with the temporal encoder, and without it",
+        "; ".join(f"{motion('full', n):.0%} and {motion('still', n):.0%}" for n in lengths),
+        "20 points; over all kinds that need order "
+        + "; ".join(f"{told['full'][n]['order']:.0%} and {told['still'][n]['order']:.0%}" for n in lengths),
+    )
+
+
 def of_soak(d: dict[str, Any]) -> Rows:
     """Minutes of live streams."""
     yield (
@@ -252,6 +273,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "compact": of_compact,
     "archive": of_archive,
     "archive_folder": of_archive_folder,
+    "ablation": of_ablation,
     "encode": of_encode,
     "scan": of_scan,
     "decode": of_decode,
