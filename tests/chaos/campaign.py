@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import socket
@@ -79,6 +80,7 @@ class Report:
     duration_s: float
     lanes: list[int] = field(default_factory=lambda: [1, 2])  # numbers of them, one drawn at each start
     fork_workers: bool = False  # whether workers were copies of one that had imported all (`ray.fork_workers`)
+    load_average: float = math.inf  # of the five minutes at its end, its own work included; unknown of old ones
 
 
 def told(outcome: Outcome) -> str:
@@ -167,6 +169,7 @@ class Campaign:
                 lanes=list(self._lanes),
                 fork_workers=True,
                 duration_s=time.monotonic() - began_s,
+                load_average=os.getloadavg()[1],
             )
 
     def _strike_all(self, stack: ExitStack) -> list[Outcome]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from typing import Any
 import ray
 
 from .campaign import Outcome, Report
+
+QUIET_LOAD = 4.0  # load average below which nothing else took the cores: a campaign's own is 1 to 3
 
 
 def by_kind(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
@@ -52,7 +55,7 @@ def by_kind(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 def write_json(path: Path, reports: list[Report], *, add: bool) -> None:
     """Write all campaigns into one file; with `add`, beside those that are there, but for those of the same seed."""
     before = json.loads(path.read_text())["campaigns"] if add and path.exists() else []
-    mine = [asdict(report) for report in reports]
+    mine = [{**asdict(report), "load_average": round(report.load_average, 1)} for report in reports]
     seeds = {report.seed for report in reports}
     campaigns = [c for c in before if c["seed"] not in seeds] + mine
     outcomes = [Outcome(**o) for c in campaigns for o in c["outcomes"]]
@@ -65,12 +68,19 @@ def write_json(path: Path, reports: list[Report], *, add: bool) -> None:
         "records": sum(c["records"] for c in campaigns),
         "rows": {t: sum(c["rows"][t] for c in campaigns) for t in campaigns[0]["rows"]},
         "rows_lost_doubled_or_other": sum(len(c["differences"]) for c in campaigns),
+        "quiet_load_average": QUIET_LOAD,
+        "by_kind_quiet": by_kind(_of([c for c in campaigns if _load(c) < QUIET_LOAD], fork_workers=True)),
         "by_kind": by_kind(_of(campaigns, fork_workers=True)),
         "by_kind_without_fork_workers": by_kind(_of(campaigns, fork_workers=False)),
         "campaigns": campaigns,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _load(campaign: dict[str, Any]) -> float:
+    load = campaign.get("load_average")
+    return math.inf if load is None else load
 
 
 def _of(campaigns: list[dict[str, Any]], *, fork_workers: bool) -> list[Outcome]:
