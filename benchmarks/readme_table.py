@@ -240,7 +240,7 @@ def of_chaos(d: dict[str, Any]) -> Rows:
         )
         yield (
             f"{what} killed: until the next committed row",
-            f"{min(quiet):.0f} to {max(quiet):.0f} s",
+            f"{min(quiet):.1f} to {max(quiet):.1f} s",
             f"15 s; on a busy machine, too, {min(busy):.0f} to {max(busy):.0f} s, and {min(earlier):.0f} to "
             f"{max(earlier):.0f} s without `ray.fork_workers`",
         )
