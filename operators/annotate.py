@@ -18,7 +18,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +77,23 @@ class _Stream:
 _Streams = dict[tuple[str, int], dict[str, _Stream]]  # by partition, then stream
 
 
+class TimedAsk:
+    """Asks, and counts the time in which an answer is waited for.
+
+    Args:
+        ask: Asks one question.
+    """
+
+    def __init__(self, ask: Ask):
+        self._ask_one = ask
+        self.asking = BusyTime()
+
+    async def __call__(self, prompt: VideoPrompt) -> VideoAnswer:
+        """Return the answer."""
+        with self.asking:
+            return await self._ask_one(prompt)
+
+
 class Annotate:
     """Answer standing queries; a Ray Data step over one-row blocks, one actor a lane, many calls at once.
 
@@ -103,11 +119,10 @@ class Annotate:
     ):
         self._read_queries = read_queries
         self._queries = by_id(read_queries())
-        self._ask = ask
+        self._ask = ask if isinstance(ask, TimedAsk) else TimedAsk(ask)
         self._model_name = model_name
         self._scenes = scenes
         self._turnstile = Turnstile()
-        self._asking = getattr(ask, "asking", None) or BusyTime()  # who holds questions back counts by itself
         self._streams: _Streams = {partition: _unpack(blob) for partition, blob in (snapshots or {}).items()}
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
@@ -124,7 +139,7 @@ class Annotate:
                 pending = self.advance(encoded)
         if row.kind == Barrier.KIND:
             barrier = Barrier.from_row(row).with_snapshots(STEP_NAME, await _pack(streams))
-            return barrier.with_busy(llm=self._asking.busy_s).to_row(row.lane_seq)
+            return barrier.with_busy(llm=self._ask.asking.busy_s).to_row(row.lane_seq)
         results = await asyncio.gather(*pending)
         return AnnotatedSegment(encoded, tuple(r for r in results if r is not None)).to_row(row.lane_seq)
 
@@ -191,8 +206,7 @@ class Annotate:
         chosen = select_chunks(chunks, query.token_budget, query.token_policy)
         asked_s = time.monotonic()
         prompt = VideoPrompt(text=query.prompt, chunks=tuple(chosen), max_new_tokens=query.max_new_tokens)
-        with nullcontext() if hasattr(self._ask, "asking") else self._asking:
-            answer = await self._ask(prompt)
+        answer = await self._ask(prompt)
         return Result(
             query_id=query.id,
             kind=query.kind,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from ...models.prompts import VideoAnswer, VideoPrompt
-from ...operators.annotate import Ask
-from ...operators.busy_time import BusyTime
+from ...operators.annotate import Ask, TimedAsk
 
 
-class AskTogether:
+class AskTogether(TimedAsk):
     """Hold questions back until there are enough to be answered together, or the first has waited long enough.
 
-    Each is asked by itself, and has the answer that it would have had alone. For one event loop.
+    Each is asked by itself, and has the answer that it would have had alone. The time that questions are held back does
+    not count as asking. For one event loop.
 
     Args:
         ask: Asks one question.
@@ -21,8 +21,8 @@ class AskTogether:
     """
 
     def __init__(self, ask: Ask, n_together: int, wait_s: float):
-        self._ask, self._n_together, self._wait_s = ask, n_together, wait_s
-        self.asking = BusyTime()  # without the time that questions are held back
+        super().__init__(ask)
+        self._n_together, self._wait_s = n_together, wait_s
         self._n_held = 0
         self._go: asyncio.Event | None = None  # of those that are held now
 
@@ -36,8 +36,7 @@ class AskTogether:
         if self._n_held >= self._n_together:
             self._let_go(go)
         await go.wait()
-        with self.asking:
-            return await self._ask(prompt)
+        return await super().__call__(prompt)
 
     def _let_go(self, go: asyncio.Event) -> None:
         go.set()
