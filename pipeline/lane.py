@@ -81,7 +81,7 @@ class LaneStatus:
     epoch: int = 0  # newest committed; 0 for none
     segments: int = 0
     committed: int = 0  # of the segments
-    frames: int = 0  # decoded
+    frames: int = 0  # good ones that came, needed or not
     sampled: int = 0
     chunks: int = 0
     results: int = 0

@@ -104,7 +104,7 @@ def summary_table(status: RunStatus, path: Path) -> Table:
     lag = "unknown" if status.lag_records < 0 else lag_of(status)
     rows = [
         ("segments", f"{status.segments:,} ({status.duplicates:,} repeated ones dropped)"),
-        ("frames", f"{status.frames:,} decoded, {status.sampled:,} looked at"),
+        ("frames", f"{status.frames:,} came, {status.sampled:,} looked at"),
         ("chunks", f"{status.chunks:,}"),
         ("captions and alerts", f"{status.results:,}"),
         ("skipped as too old", f"{status.skipped:,} records"),
