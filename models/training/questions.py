@@ -6,7 +6,7 @@ Three families, after published benchmarks:
     needles    VNBench (arXiv 2406.09367): a star in a long, dull video: seen, colour, which first, how many
     alerts     yes or no, as many no as yes
 
-and plain ones (is there, what colour, how many), what an object does, and whole captions.
+and plain ones (is there, what colour, how many), when something happens, what an object does, and whole captions.
 
 That an ordered question needs the order holds by construction. Each offers two answers, and the clip played backwards
 has the other one (`Question.reversed_answer`). Clips are asked about in both directions, so whoever sees the set of
@@ -25,18 +25,21 @@ from functools import cached_property
 
 import numpy as np
 
+from ..processing import format_time
 from .shapes import MARGIN_S, ObjectFacts, ShapesWorld, WindowTruth
 from .shapes_spec import COLOURS, DIRECTIONS, NEEDLE_SHAPE, SHAPES, SIZES, STILL
 
 CAPTION_PROMPT = "Describe what happens."
 MIN_SEEN_S = 2.0  # how long an object must be seen for a question on its way: four frames at 2 fps
 ORDER_GAP_S = 1.0  # between two things whose order is asked: two frames at 2 fps
+TOLD_EVERY_S = 2.0  # the times that a prompt shows, from the window's begin: of each four frames at 2 fps
+_CLEAR_OF_NEXT_S = 0.6  # how far a thing must be from both such times around it for the earlier one to be its time
 CHANGES = ("turns", "stops", "starts moving", "changes colour", "grows", "shrinks")
 
 ORDERED_KINDS = ("direction", "size change", "colour change", "presence", "stop or start", "first change")
 NEEDLE_KINDS = ("needle seen", "needle colour", "needle first", "needle count")
 PLAIN_KINDS = ("exists", "colour", "shape", "size", "count", "speed", "moves")
-TOLD_KINDS = ("motion", "actions", "after", "caption")
+TOLD_KINDS = ("motion", "actions", "after", "when", "caption")
 KINDS = (*ORDERED_KINDS, *NEEDLE_KINDS, *PLAIN_KINDS, *TOLD_KINDS, "alert")
 ORDER_NEEDED = frozenset((*ORDERED_KINDS, "needle first"))  # half right is all that a set of frames gives
 
@@ -104,6 +107,15 @@ class WindowView:
             begin = event.t_s if event.kind == "appears" else begin
             end = event.t_s if event.kind == "leaves" else end
         return end - begin
+
+    def told_time(self, t_s: float | None, *, backwards: bool = False) -> str | None:
+        """Return the time that a prompt shows last before a moment, or None where that is too near to another one."""
+        if t_s is None:
+            return None
+        since_s = self.stop_s - t_s if backwards else t_s - self.start_s
+        if not _CLEAR_OF_NEXT_S <= since_s % TOLD_EVERY_S <= TOLD_EVERY_S - _CLEAR_OF_NEXT_S:
+            return None
+        return format_time(since_s // TOLD_EVERY_S * TOLD_EVERY_S)
 
     def happens(self, kind: str) -> bool | None:
         """Tell whether something of this kind happens, or None where it is too near to the window's ends to tell."""
@@ -368,6 +380,22 @@ def _ask_after(view: WindowView, rng: np.random.Generator) -> list[Question]:
     return asked
 
 
+def _ask_when(view: WindowView, rng: np.random.Generator) -> list[Question]:
+    """Ask for the time that the prompt shows last before something happens."""
+    asked = []
+    for f, name in _named(view):
+        changes = [e.t_s for e in f.events if e.kind in CHANGES]
+        if len(changes) == 1:
+            asked.append((f"When does {name} change?", changes[0], changes[0]))
+        came, went = ([e.t_s for e in f.events if e.kind == kind] for kind in ("appears", "leaves"))
+        if came:
+            asked.append((f"When does {name} appear?", came[0], went[0] if went else None))
+        if went:
+            asked.append((f"When does {name} leave?", went[0], came[0] if came else None))
+    told = [(prompt, view.told_time(t_s), view.told_time(back_s, backwards=True)) for prompt, t_s, back_s in asked]
+    return [Question("when", prompt, answer, back) for prompt, answer, back in told if answer is not None]
+
+
 def _ask_caption(view: WindowView, rng: np.random.Generator) -> list[Question]:
     if not view.truth.clear or len(view.full.objects) > 5:
         return []
@@ -426,6 +454,7 @@ _ASKERS: dict[str, Callable[[WindowView, np.random.Generator], list[Question]]] 
     "motion": _ask_motion,
     "actions": _ask_actions,
     "after": _ask_after,
+    "when": _ask_when,
     "caption": _ask_caption,
     "alert": _ask_alert,
 }
@@ -435,7 +464,7 @@ def question_corpus(n_windows: int = 400, seed: int = 0) -> Iterator[str]:
     """Yield questions and answers of many windows, for learning a tokenizer; always the same ones."""
     from .clips import world_of
 
-    weights: dict[str, float] = dict.fromkeys(KINDS, 1.0)
+    weights: dict[str, float] = {kind: 1.0 for kind in KINDS if kind != "when"}  # its words are all in the others
     for i in range(n_windows):
         world = world_of(seed + i, "needles" if i % 4 == 0 else "shapes")
         rng = np.random.default_rng([seed, i])

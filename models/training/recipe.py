@@ -71,6 +71,8 @@ class Stage:
         token_policy: How they are chosen, see `models.selection`.
         questions: Most questions and captions to a window.
         weights: Of kinds of question; kinds not named have weight 1, or 0 where `only` is set.
+        seek: Of kinds of question, the share of windows that are drawn so that this kind can be asked: most windows
+            have no caption without something at their ends, or two changes to compare. {}: windows as they come.
         only: Whether kinds that `weights` does not name are left out.
         worlds: For each kind of world, its share of the clips.
         cached_streams: Train on so many clips, which are seen once: where the language model alone trains, their
@@ -99,6 +101,7 @@ class Stage:
     token_policy: Literal["recent", "uniform", "global_local", "changes"] = "global_local"
     questions: int = 8
     weights: Mapping[str, float] = field(default_factory=dict)
+    seek: Mapping[str, float] = field(default_factory=dict)
     only: bool = False
     worlds: Mapping[str, float] = field(default_factory=lambda: {"shapes": 1.0})
     cached_streams: int = 0
@@ -115,8 +118,11 @@ class Stage:
         _one_of(f"{where}: token_policy", self.token_policy, ("recent", "uniform", "global_local", "changes"))
         for part in self.train:
             _one_of(f"{where}: train", part, PARTS)
-        for kind in self.weights:
-            _one_of(f"{where}: weights", kind, KINDS)
+        for name in ("weights", "seek"):
+            for kind in getattr(self, name):
+                _one_of(f"{where}: {name}", kind, KINDS)
+        if unasked := [kind for kind in self.seek if not self.question_weights()[kind]]:
+            raise ValueError(f"{where}: seek names {', '.join(unasked)}, of weight 0; expected kinds that are asked")
         for kind in self.worlds:
             _one_of(f"{where}: worlds", kind, WORLDS)
         for name in ("steps", "batch", "clip_frames", "questions"):

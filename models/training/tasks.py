@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..processing import StormProcessor
 from ..selection import VideoChunk, select_chunks
@@ -27,6 +29,8 @@ from .recipe import Recipe, Stage
 from .token_cache import TokenCache, encode_clips, fill_cache
 
 _TRIES = 4  # windows drawn for a row before it may have fewer questions
+_SOUGHT_TRIES = 16  # before it may lack the kind of question that it is drawn for
+_FOR_SURE = 1e6  # weight of that kind: it is among the questions
 Counts = dict[str, Tensor]  # by target or kind of question: (right, asked)
 
 
@@ -44,7 +48,7 @@ class Task:
         self.stage, self.stage_index, self.seed = stage, stage_index, recipe.seed
         self.model, self.processor = model, processor
         self.heads: nn.Module = nn.ModuleDict()
-        self._clip = lru_cache(maxsize=4096)(self._make_clip)
+        self._clip = lru_cache(maxsize=max(4096, stage.cached_streams))(self._make_clip)
 
     def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
         """Do what has to be done once before the steps."""
@@ -195,18 +199,29 @@ class TextTask(Task):
         size = self.model.config.chunk_frames
         n_clip_chunks = self.stage.clip_frames // size
         best = _Window(0, 0, [], size / FPS)
-        for _ in range(_TRIES):
+        sought = self._draw_sought(rng)
+        weights = self._weights if sought is None else {**self._weights, sought: _FOR_SURE}
+        for left in reversed(range(_TRIES if sought is None else _SOUGHT_TRIES)):
             n_cached = self.stage.cached_streams
             index = int(rng.integers(n_cached)) if n_cached and not held_out else row
             first = int(rng.integers(n_clip_chunks - n_chunks + 1))
             clip = self.clip(index, held_out)
             view = clip.window(first * size, (first + n_chunks) * size)
-            asked = ask(view, rng, self.stage.questions, self._weights, backwards=clip.backwards)
+            if sought is not None and left and not ask(view, rng, 1, {sought: 1.0}, backwards=clip.backwards):
+                continue
+            asked = ask(view, rng, self.stage.questions, weights, backwards=clip.backwards)
             if len(asked) >= len(best.asked):
                 best = _Window(index, first, asked, size / FPS)
             if len(asked) >= self.stage.questions // 2:
                 break
         return best
+
+    def _draw_sought(self, rng: np.random.Generator) -> str | None:
+        """Draw the kind of question that a window must allow; None where any will do."""
+        if not self.stage.seek:
+            return None
+        shares = np.cumsum(list(self.stage.seek.values()))
+        return list(self.stage.seek)[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
 
     def _encode_windows(self, windows: Sequence[_Window], n_chunks: int, held_out: bool) -> list[Tensor]:
         """Return each window's tokens, (n_chunks, tokens of a chunk, d_model)."""
@@ -233,7 +248,9 @@ class TextTask(Task):
         """Return logits at the places where something is to be predicted, and what is."""
         model = self.model
         embeds = model.embed_inputs(batch.input_ids, tokens.to(model.dtype))
-        with _autocast(model.device, self.stage.bfloat16):
+        # On CPUs the fused kernel's backward pass takes three times as long as plain products at these lengths.
+        plain = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cpu" else nullcontext()
+        with plain, _autocast(model.device, self.stage.bfloat16):
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=embeds,
                 attention_mask=self._masks(batch),
