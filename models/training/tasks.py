@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +155,13 @@ class TextTask(Task):
             worlds = dict(self.stage.worlds)
             key = f"{self.seed} {self.stage_index} {self.stage.clip_frames} {self.stage.data or worlds}"
             n = self.stage.cached_streams
+            drawn_once = partial(self._make_clip, held_out=False)  # a clip that was drawn holds megabytes
             if self.stage.keeps_tokens:
-                self._cache = fill_cache(folder, self.model, self.processor, n, self.clip, key, on_clips=on_clips)
+                self._cache = fill_cache(folder, self.model, self.processor, n, drawn_once, key, on_clips=on_clips)
             else:
                 with _autocast(self.model.device):
                     features = FeatureCache(folder, self.model, self.processor, key)
-                    self._cache = features.fill(n, self.clip, on_clips)
+                    self._cache = features.fill(n, drawn_once, on_clips)
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
         """See `Task.loss`."""

@@ -76,6 +76,10 @@ class _Meter:
         return {"all": sum(self.right.values()) / total if total else 0.0, **told}
 
 
+class _StoppedError(Exception):
+    """Whoever trains wants to stop before a stage's first step."""
+
+
 class Trainer:
     """Trains a recipe in a folder: ``state/`` to go on from, ``cache/``, ``log.jsonl`` and ``model/``, the result."""
 
@@ -173,10 +177,16 @@ class Trainer:
         began_s = reported_s = saved_s = self._clock()
         if not self.ranks.first:
             self.ranks.wait()  # until the first has filled the cache
-        task.prepare(
-            self.folder / "cache" / stage.name,
-            lambda n: report(self._progress(stage, began_s, 0, f"{n} of {stage.cached_streams} clips encoded")),
-        )
+
+        def on_clips(n: int) -> None:
+            report(self._progress(stage, began_s, 0, f"{n} of {stage.cached_streams} clips encoded"))
+            if self.ranks.world == 1 and should_stop():  # others would wait for the cache
+                raise _StoppedError
+
+        try:
+            task.prepare(self.folder / "cache" / stage.name, on_clips)
+        except _StoppedError:  # the clips encoded so far lie in their files
+            return False
         if self.ranks.first:
             self.ranks.wait()
         first_step, steps_began_s = self._step, self._clock()

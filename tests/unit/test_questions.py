@@ -1,6 +1,7 @@
 """Questions of the world of shapes: true, balanced, and the ordered ones not answerable without the order."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from stormline.models.training.questions import (
     question_corpus,
 )
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
-from stormline.models.training.shapes_spec import DIRECTIONS
+from stormline.models.training.shapes_spec import COLOURS, DIRECTIONS, SHAPES
 
 ALL = dict.fromkeys(KINDS, 1.0)
 
@@ -64,6 +65,27 @@ def test_ordered_question_when_answered_from_the_set_of_frames_then_exactly_half
 
     assert total > 200
     assert right * 2 == total
+
+
+def is_there(clip, t_s, words):
+    """Tell whether an object that fits all the words is in the world at a time."""
+    return any(words <= {state.look.shape, state.look.colour} for state in clip.world.objects_at(t_s))
+
+
+def test_when_something_appears_then_the_first_frame_of_that_time_lacks_it_and_the_last_has_it(many):
+    compared = 0
+    for clip, questions in many:
+        for q in (q for q in questions if q.kind == "when" and q.prompt.endswith("appear?")):
+            words = set(q.prompt.removesuffix(" appear?").split()) & {*SHAPES, *COLOURS}
+            for backwards, told in ((False, q.answer), (True, q.reversed_answer)):
+                if told is not None:
+                    first = (int(told[1:3]) * 60 + int(told[4:6])) * 2
+                    times_s = replace(clip, backwards=backwards).times_s()
+                    assert not is_there(clip, times_s[first], words)
+                    assert is_there(clip, times_s[first + 3], words)
+                    compared += 1
+
+    assert compared > 100
 
 
 def test_clip_when_played_backwards_then_the_same_frames_in_the_reverse_order():

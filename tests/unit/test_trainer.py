@@ -79,10 +79,34 @@ def test_trainer_when_stopped_again_and_again_then_the_same_model(trained, tmp_p
         result = Trainer(recipe(), tmp_path, device="cpu").run(should_stop=lambda steps=steps: next(steps) == 1)
         n_runs += 1
 
-    assert n_runs == 5  # steps 2, 4 (1 of the second stage), 6, 8 and the last
+    assert n_runs >= 5  # after every second step, and in the third stage before its first
     whole, pieces = weights(trained[0] / "model"), weights(result)
     assert whole.keys() == pieces.keys()
     assert [name for name in whole if not torch.equal(whole[name], pieces[name])] == []
+
+
+def test_trainer_when_stopped_while_it_encodes_clips_then_at_once_and_they_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("stormline.models.training.token_cache.SHARD_CLIPS", 1)
+    speak = recipe([STAGES[2]])
+
+    assert Trainer(speak, tmp_path, device="cpu").run(should_stop=lambda: True) is None
+    (kept,) = (tmp_path / "cache" / "speak").glob("clips-*")
+    written = kept.stat().st_mtime_ns
+    assert Trainer(speak, tmp_path, device="cpu").run() is not None
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_windows_when_drawn_for_a_kind_then_nearly_all_are_asked_it():
+    stage = STAGES[2] | {"window_chunks": [4], "cached_streams": 40, "clip_frames": 64, "budget_tokens": []}
+    seeking = stage | {"batch": 12, "seek": {"caption": 1.0}, "worlds": {"shapes": 1.0}}
+    model = Trainer(recipe([seeking]), "unused", device="cpu")
+    asked = {}
+    for name, sought in (("as they come", {}), ("sought", {"caption": 1.0})):
+        task = build_task(replace(model.recipe.stages[0], seek=sought), 0, model.recipe, model.model, model.processor)
+        asked[name] = sum(task.draw(step)[0].kinds.count("caption") for step in range(3))
+
+    assert asked["sought"] >= 30  # of 36
+    assert asked["as they come"] < 18
 
 
 def test_trainer_when_stage_trains_one_part_then_others_stay(trained, tmp_path):
@@ -122,6 +146,8 @@ def test_learning_rate_when_over_a_stage_then_up_and_down():
         ({"task": "places", "cached_streams": 4}, "cached_streams is 4"),
         ({"task": "text", "window_chunks": [9]}, "room for windows of 9 chunks"),
         ({"task": "places", "colour": 1}, "unknown keys"),
+        ({"task": "text", "seek": {"captions": 1}}, "seek is 'captions'; expected one of"),
+        ({"task": "text", "seek": {"when": 1}, "weights": {"when": 0}}, "seek names when, of weight 0"),
     ],
 )
 def test_recipe_when_it_makes_no_sense_then_says_what(change, message):
