@@ -217,7 +217,7 @@ def decode_container(
                 clock = MediaClock(stream.time_base, origin_pts, meta.session_start_ns, meta.session_start_ns)
             frames: VideoReader | SparseReader = reader
             if sparsely:
-                planned = SparseReader.planned(reader, meta, clock, grid, limits, limits.max_sampled(frame_hw))
+                planned = SparseReader.planned(reader, meta, clock, grid, limits, frame_hw)
                 frames = planned or reader
             return sample_frames(
                 frames, meta, clock, grid=grid, frame_hw=frame_hw, limits=limits, with_picture=with_picture

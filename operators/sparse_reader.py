@@ -1,9 +1,9 @@
 """The frames of a video stream of which few are wanted: what can be left out is not decoded.
 
 What comes out is what `VideoReader` gives, less the frames that nobody asked for, to the last bit; with H.264 and
-H.265 for half the work. It is all planned from the packets before anything is decoded, and each frame that comes out
-is held against the plan. Only one thing differs: damage in a frame that was left out is not noticed, and spoils no
-other frame, as in a decoder that conceals it it may.
+H.265 in two thirds of the time. It is all planned from the packets before anything is decoded, and each frame that
+comes out is held against the plan. Only one thing differs: damage in a frame that was left out is not noticed. Where
+all are decoded, concealing it can spoil frames that follow; here it cannot.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .sampling import MediaClock
 
 MAX_AHEAD_BYTES = 64 << 20  # of packets, read before the first is decoded: ten seconds at 50 Mbit/s
-
 
 TIMED_CONTAINERS = frozenset({"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpegts", "flv", "nut"})
 """Those that store when each frame is shown. In others (AVI, elementary streams) FFmpeg guesses it, and how it guessed
@@ -96,7 +95,7 @@ class SparseReader:
         clock: MediaClock | None,
         grid: GridSpec,
         limits: DecodeLimits,
-        max_sampled: int,
+        frame_hw: tuple[int, int],
     ) -> SparseReader | None:
         """Return a reader that decodes what the grid needs; None if that is everything, or is not known for sure.
 
@@ -106,7 +105,7 @@ class SparseReader:
             clock: Likewise.
             grid: Whose frames are wanted, and the last frame.
             limits: Likewise.
-            max_sampled: Frames that may be wanted.
+            frame_hw: Size in pixels that wanted frames will have: of it so many are allowed.
         """
         codec = reader.stream.codec_context
         if not can_leave_out(codec) or reader.container.format.name not in TIMED_CONTAINERS:
@@ -123,7 +122,7 @@ class SparseReader:
         times = TicksAlone(ticks, reader.time_base, _pts(shown[0]))
         timer = FrameTimer(times, meta, clock, limits)
         sampled = [tick for _, tick in walk_grid(timer, grid)]
-        if timer.n_fallen or timer.too_long or len(sampled) > max_sampled:
+        if timer.n_fallen or timer.too_long or len(sampled) > limits.max_sampled(frame_hw):
             return None
         wanted = {*sampled, ticks[-1]}
         needed = needed_packets(roles_of(packets, codec), [packet.pts in wanted for packet in packets])
