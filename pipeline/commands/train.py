@@ -45,6 +45,7 @@ def train(
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from ...models.host_memory import keep_freed_memory
     from ...models.loading import choose_device
     from ...models.training.ranks import Ranks
     from ...models.training.recipe import load_recipe
@@ -52,6 +53,7 @@ def train(
     from ..stop_signals import EXIT_INTERRUPTED, on_stop_signal
 
     torch.set_num_threads(threads)
+    keep_freed_memory()
     transformers_logging.disable_progress_bar()
     try:
         chosen = load_recipe(recipe)
