@@ -29,12 +29,12 @@ from stormline.models.loading import load_model
 from stormline.models.training.evaluate import stream_clip
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.rows import Chunk, Position
+from stormline.pipeline.embedded_ray import embedded_ray
 from stormline.pipeline.front.address import base_url
 from stormline.pipeline.front.stream_urls import make_stream_url
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.settings import Settings, load_settings
-from stormline.pipeline.supervisor import embedded_ray
 
 BEGIN_NS = 1_790_000_000 * 10**9
 CHUNK_NS = 2 * 10**9

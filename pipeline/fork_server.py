@@ -91,21 +91,25 @@ class Order(NamedTuple):
 
 
 @contextmanager
-def fork_server(modules: Sequence[str] = MODULES) -> Iterator[None]:
-    """Have an embedded Ray that is started within the block get its workers from a fork server.
+def fork_server(modules: Sequence[str] = MODULES) -> Iterator[str]:
+    """Run a fork server for an embedded Ray that is started within the block.
 
     The server imports while Ray starts; its workers wait for it. It ends with the block, or with this process; the
     workers are Ray's to end.
 
     Args:
         modules: What it imports, as far as it is there.
+
+    Yields:
+        The file by which Ray is to start its workers, its parameter `setup_worker_path`.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormline-", ignore_cleanup_errors=True))
         address = os.path.join(folder, "fork")
         stack.callback(_end, _start(address, modules))
-        stack.enter_context(_workers_from(address))
-        yield
+        os.environ[ADDRESS] = address
+        stack.callback(os.environ.pop, ADDRESS)
+        yield str(WORKER_FILE)
 
 
 def _start(address: str, modules: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -122,27 +126,6 @@ def _start(address: str, modules: Sequence[str]) -> subprocess.Popen[bytes]:
             env=environment,
             start_new_session=True,  # Ctrl-C is for who started us
         )
-
-
-@contextmanager
-def _workers_from(address: str) -> Iterator[None]:
-    """Have a Ray that is started within the block start its workers by `WORKER_FILE`."""
-    from ray._private import parameter
-
-    plain: Any = parameter.RayParams
-
-    class Parameters(plain):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **{"setup_worker_path": str(WORKER_FILE), **kwargs})
-
-    own: Any = parameter
-    own.RayParams = Parameters
-    os.environ[ADDRESS] = address
-    try:
-        yield
-    finally:
-        own.RayParams = plain
-        del os.environ[ADDRESS]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

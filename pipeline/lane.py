@@ -117,10 +117,8 @@ class LoadFromSettings:
 
     def __call__(self) -> LoadedModel:
         """Return the model."""
-        from ..models.host_memory import keep_freed_memory
         from ..models.loading import load_model
 
-        keep_freed_memory()
         return load_model(self.model.path, device=self.model.device, dtype=self.model.dtype)
 
 

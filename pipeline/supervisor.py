@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..operators.errors import CommitError, SettingsError, StormlineError
-from .fork_server import fork_server
-from .ray_watch import RayWatch, own_ray
+from ..operators.errors import CommitError, StormlineError
+from .embedded_ray import embedded_ray
 from .settings import Settings
-from .stop_signals import keep_signal_handlers
 
 if TYPE_CHECKING:
     from ..operators.in_hand import Suspect
@@ -31,14 +27,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for a lane's last commit; after that it is killed, which loses nothing but the time to redo it
 MAX_BACKOFF_S = 30.0
-# What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
-# of a CPU are more than it expects on a small machine.
-RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
-PROXY_START_S = 60.0
 START_LIMIT_S = (
     600.0  # of a lane until its first commit: it loads its model, which may be large and come over a network
 )
-BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 
 
 @dataclass
@@ -491,56 +482,3 @@ def root_cause(error: BaseException) -> str:
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     text = lines[-1].strip() if lines else ""
     return text if text.startswith(type(cause).__name__) else f"{type(cause).__name__}: {text}"
-
-
-@contextmanager
-def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[None]:
-    """Use the running Ray, or start one for the time of the block and shut it down after it."""
-    if "ray" not in sys.modules:  # which reads these once
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
-    # Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        yield
-        return
-    with fork_server() if _may_fork(settings) else nullcontext():
-        import ray
-
-        with keep_signal_handlers():
-            _init_ray(settings, tell)
-        try:
-            with RayWatch(own_ray(), tell) if settings.ray.address is None else nullcontext():
-                yield
-        finally:
-            ray.shutdown()
-
-
-def _may_fork(settings: Settings) -> bool:
-    no_gpu = not settings.ray.encode_num_gpus and not settings.llm.num_gpus
-    return settings.ray.address is None and settings.ray.fork_workers and no_gpu and sys.platform == "linux"
-
-
-def _init_ray(settings: Settings, tell: Callable[[str], None]) -> None:
-    import ray
-
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if settings.ray.address is None:
-        tell("starting Ray on this machine")
-        options |= {
-            "num_cpus": settings.ray.num_cpus
-            or BASE_CPUS + settings.lanes.count * max(1, -(-settings.lanes.decode_workers // 4)),
-            "object_store_memory": settings.ray.object_store_bytes,
-            "include_dashboard": False,
-            "address": "local",
-            # Ray's history of tasks would grow to hundreds of MB before it forgets the first of a lane's calls.
-            "_system_config": {"task_events_max_num_task_in_gcs": 2000},
-        }
-    else:
-        options["address"] = settings.ray.address
-    try:
-        ray.init(**options)
-    except (ConnectionError, OSError, ValueError, RuntimeError) as e:
-        raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
-    except Exception as e:
-        raise StormlineError(f"Ray did not come up ({e}) Is this machine too busy? Run again.") from e

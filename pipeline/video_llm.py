@@ -49,12 +49,10 @@ class VideoLLM:
         import torch
 
         from ..models.generation import AnswerWriter, rows_together
-        from ..models.host_memory import keep_freed_memory
         from ..models.loading import load_model
         from ..models.prefix_cache import PrefixCache
 
         torch.set_num_threads(llm.num_threads)
-        keep_freed_memory()
         sys.setswitchinterval(SWITCH_S)
         self._loaded = loaded = load_model(model.path, device=model.device, dtype=model.dtype)
         self._prefixes = prefixes = PrefixCache(llm.prefix_cache_bytes)

@@ -73,10 +73,10 @@ def _serve(settings: Settings, out: Path) -> None:
 
     from rich.console import Console
 
+    from ..embedded_ray import embedded_ray
     from ..front.address import base_url, check_port
     from ..progress import PlainProgress
     from ..stop_signals import on_stop_signal
-    from ..supervisor import embedded_ray
 
     check_port(settings.serve)
     progress = PlainProgress(Console(highlight=False))

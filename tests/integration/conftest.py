@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stormline.infra.broker import EmbeddedBroker
-from stormline.pipeline.supervisor import PROXY_START_S
+from stormline.pipeline.embedded_ray import PROXY_START_S
 
 HOLD_S = 30  # of an answer that is held back
 PLUGINS = Path(__file__).parents[1] / "plugins"

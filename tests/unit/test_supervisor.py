@@ -10,11 +10,12 @@ import ray
 from stormline.operators.errors import StormlineError
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline.checkpoint import lane_folder
+from stormline.pipeline.embedded_ray import embedded_ray
 from stormline.pipeline.lane import LaneCommitter, LanePlan
 from stormline.pipeline.poison import SuspectList
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.settings import Settings, load_settings
-from stormline.pipeline.supervisor import LaneSlot, Supervisor, embedded_ray
+from stormline.pipeline.supervisor import LaneSlot, Supervisor
 
 PARTITIONS = (("video", 0),)
 

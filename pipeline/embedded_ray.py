@@ -1,0 +1,99 @@
+"""Ray as a part of this program: started for a run on one machine, and gone with it; or one that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ..operators.errors import SettingsError, StormlineError
+from .fork_server import fork_server
+from .ray_watch import RayWatch, own_ray
+from .settings import Settings
+from .stop_signals import keep_signal_handlers
+
+# What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
+# of a CPU are more than it expects on a small machine.
+RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
+PROXY_START_S = 60.0
+BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
+# Two processes that an embedded Ray has no use for: one starts machines, the other prints what workers log.
+NO_USE = {"no_monitor": True, "include_log_monitor": False}
+
+
+@contextmanager
+def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[None]:
+    """Use the running Ray, or start one for the time of the block and shut it down after it."""
+    if "ray" not in sys.modules:  # which reads these once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
+    # Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
+    with ExitStack() as stack:
+        own = settings.ray.address is None
+        more: dict[str, Any] = dict(NO_USE) if own else {}
+        if _may_fork(settings):
+            more["setup_worker_path"] = stack.enter_context(fork_server())
+        import ray
+
+        with keep_signal_handlers(), _parameters(more):
+            _init_ray(settings, tell)
+        stack.callback(ray.shutdown)
+        if own:
+            stack.enter_context(RayWatch(own_ray(), tell))
+        yield
+
+
+@contextmanager
+def _parameters(more: dict[str, Any]) -> Iterator[None]:
+    """Have a Ray that is started within the block take parameters that `ray.init` has none for."""
+    from ray._private import parameter
+
+    plain: Any = parameter.RayParams
+
+    class Parameters(plain):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{**kwargs, **more})
+
+    own: Any = parameter
+    own.RayParams = Parameters
+    try:
+        yield
+    finally:
+        own.RayParams = plain
+
+
+def _may_fork(settings: Settings) -> bool:
+    no_gpu = not settings.ray.encode_num_gpus and not settings.llm.num_gpus
+    return settings.ray.address is None and settings.ray.fork_workers and no_gpu and sys.platform == "linux"
+
+
+def _init_ray(settings: Settings, tell: Callable[[str], None]) -> None:
+    import ray
+
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if settings.ray.address is None:
+        tell("starting Ray on this machine")
+        options |= {
+            "num_cpus": settings.ray.num_cpus
+            or BASE_CPUS + settings.lanes.count * max(1, -(-settings.lanes.decode_workers // 4)),
+            "object_store_memory": settings.ray.object_store_bytes,
+            "include_dashboard": False,
+            "address": "local",
+            # Ray's history of tasks would grow to hundreds of MB before it forgets the first of a lane's calls.
+            "_system_config": {"task_events_max_num_task_in_gcs": 2000},
+        }
+    else:
+        options["address"] = settings.ray.address
+    try:
+        ray.init(**options)
+    except (ConnectionError, OSError, ValueError, RuntimeError) as e:
+        raise SettingsError(f"Ray does not start ({e}); check ray.address and the memory in /dev/shm.") from e
+    except Exception as e:
+        raise StormlineError(f"Ray did not come up ({e}) Is this machine too busy? Run again.") from e
