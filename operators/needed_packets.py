@@ -3,14 +3,14 @@
 Two kinds of packets can be left out, and every other frame still comes out the same to the last bit:
 
 - *Unreferenced* ones, of which the codec's own syntax says that no other picture is predicted from them: H.264's
-  `nal_ref_idc` 0, H.265's sub-layer non-reference pictures of the highest sub-layer, MPEG-2's B pictures.
+  `nal_ref_idc` 0, H.265's sub-layer non-reference pictures of the highest sub-layer, MPEG-2's B pictures, AV1's frames
+  that refresh no slot.
 - What is stored after the last wanted frame of a closed group of pictures, up to the next picture that nothing
   reaches back over: an IDR picture of H.264 and H.265, a key frame of VP9 and AV1, any picture of a codec without
   prediction.
 
 A container's own flags (keyframe, discardable) are not believed: who wrote them need not have known.
-Sources: ITU-T H.264 (7.3.1, 7.4.1), H.265 (7.3.1.2, 7.4.2.2), H.262 (6.2.3), the VP9 bitstream's specification (6.2)
-and AV1's (5.3, 5.9.2).
+Sources: ITU-T H.264 (7.3.1, 7.4.1), H.265 (7.3.1.2, 7.4.2.2), H.262 (6.2.3), the VP9 bitstream's specification (6.2).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from av.codec.codec import Properties
+
+from . import av1_headers
 
 if TYPE_CHECKING:
     import av
@@ -161,29 +163,40 @@ def _roles_in_vp9(packets: Sequence[bytes], _: bytes) -> list[Role]:
     return [Role.BARRIER if key else Role.REFERENCE for key in is_key]
 
 
-def _roles_in_av1(packets: Sequence[bytes], _: bytes) -> list[Role]:
-    return [Role.BARRIER if _begins_with_key_frame(packet) else Role.REFERENCE for packet in packets]
+def _roles_in_av1(packets: Sequence[bytes], extradata: bytes) -> list[Role]:
+    sequence, _ = _sequence_of(extradata[4:], None) if extradata[:1] == b"\x81" else (None, False)  # ISO/IEC 14496-15
+    roles = []
+    for packet in packets:
+        sequence, is_new = _sequence_of(packet, sequence)
+        roles.append(_role_in_av1(packet, sequence, is_new))
+    return roles
 
 
-def _begins_with_key_frame(packet: bytes) -> bool:
-    """Tell whether the first frame of a temporal unit of AV1 is a key frame that is shown, which refreshes all."""
-    at = 0
-    while at < len(packet):
-        kind, has_extension, has_size = packet[at] >> 3 & 15, packet[at] >> 2 & 1, packet[at] >> 1 & 1
-        at += 1 + has_extension
-        size = 0
-        for i in range(8 if has_size else 0):  # leb128
-            byte = packet[at] if at < len(packet) else 0
-            at, size = at + 1, size | (byte & 127) << 7 * i
-            if not byte & 128:
-                break
-        if kind in {3, 6}:  # a frame's header, alone or with its frame
-            # show_existing_frame 1 bit (0), frame_type 2 (0: key), show_frame 1
-            return at < len(packet) and packet[at] >> 4 == 0b0001
-        if not has_size:
-            return False
-        at += size
-    return False
+def _sequence_of(packet: bytes, before: av1_headers.Sequence | None) -> tuple[av1_headers.Sequence | None, bool]:
+    """Return by which sequence header a packet's frames are read, and whether it brings one that differs."""
+    sequence = before
+    for kind, data in av1_headers.units(packet):
+        if kind == av1_headers.SEQUENCE_HEADER:
+            try:
+                sequence = av1_headers.read_sequence(data)
+            except ValueError:
+                sequence = None
+    return sequence, sequence != before
+
+
+def _role_in_av1(packet: bytes, sequence: av1_headers.Sequence | None, is_new: bool) -> Role:
+    headers = [
+        data for kind, data in av1_headers.units(packet) if kind in {av1_headers.FRAME_HEADER, av1_headers.FRAME}
+    ]
+    if headers and headers[0][:1] and headers[0][0] >> 4 == 0b0001:  # a key frame that is shown: it refreshes all
+        return Role.BARRIER
+    if sequence is None or is_new or len(headers) != 1:  # hidden frames, which others refer to
+        return Role.REFERENCE
+    try:
+        frame = av1_headers.read_frame(headers[0], sequence)
+    except ValueError:
+        return Role.REFERENCE
+    return Role.UNREFERENCED if frame and frame.is_shown and not frame.refreshed else Role.REFERENCE
 
 
 ROLES: dict[str, Callable[[Sequence[bytes], bytes], list[Role]]] = {

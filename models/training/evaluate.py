@@ -36,7 +36,7 @@ FRAMES_PER_LENGTH = 24_000  # drawn and encoded at most, so that the longest tak
 SHUFFLED_UP_TO = 128  # frames; beyond, a shuffled video costs much and tells nothing new
 _ONE_PASS_CLIPS = 8  # of each length, whose tokens are compared with those of one pass
 _BATCH = 64  # prompts answered together
-_LONG_KINDS = (*NEEDLE_KINDS, "alert", "first change", "exists", "count")
+_LONG_KINDS = (*NEEDLE_KINDS, "alert", "first change", "exists", "count", "when")
 _CAPTION_TOKENS = 96
 _ENOUGH_TO_TELL = 5  # answers, before their being all alike says something about their kind
 

@@ -30,7 +30,7 @@ STREAMS = {  # container, codec, options, share of the 60 packets that are neede
     "mpeg2": ("mpegts", "mpeg2video", {"bf": "2", "g": "12"}, 0.5),
     "vp9": ("webm", "libvpx-vp9", {"g": "10", "deadline": "realtime", "cpu-used": "8"}, 0.95),
     "vp9 with hidden frames": ("webm", "libvpx-vp9", {"g": "20", "lag-in-frames": "16", "cpu-used": "5"}, 1.0),
-    "av1": ("mp4", "libsvtav1", {"g": "10", "preset": "12", "svtav1-params": "lp=1"}, 0.95),
+    "av1": ("mp4", "libsvtav1", {"g": "10", "preset": "12", "svtav1-params": "lp=1"}, 0.9),
     "mjpeg": ("matroska", "mjpeg", {}, 0.25),
     "h264 in avi": ("avi", "libx264", {"bf": "2", "b_strategy": "0"}, 1.0),
     "prores": ("mov", "prores_ks", {}, 0.25),
@@ -173,7 +173,10 @@ def test_needed_packets_when_given_roles_then_are_what_the_wanted_ones_are_predi
     assert [i for i, is_needed in enumerate(found) if is_needed] == [int(i) for i in needed.split()]
 
 
-@pytest.mark.parametrize("name", ["h264 with a pyramid", "h264 in mpegts", "hevc", "hevc in temporal layers", "mpeg2"])
+UNREFERENCED = ["h264 with a pyramid", "h264 in mpegts", "hevc", "hevc in temporal layers", "mpeg2", "av1"]
+
+
+@pytest.mark.parametrize("name", UNREFERENCED)
 def test_roles_when_compared_with_the_decoder_skipping_unreferenced_frames_then_agree(name):
     data = video_of(name)
     with open_media(data) as container:
@@ -187,6 +190,7 @@ def test_roles_when_compared_with_the_decoder_skipping_unreferenced_frames_then_
 
     ours = {p.pts for p, role in zip(packets, roles, strict=True) if role is not Role.UNREFERENCED}
 
-    # FFmpeg leaves out what a higher temporal layer of H.265 may refer to; we do not.
-    assert kept == ours if "layers" not in name else kept < ours
+    # FFmpeg leaves out what a higher temporal layer of H.265 may refer to, and of AV1 also frames that share a packet
+    # with a hidden one; we do not.
+    assert kept < ours if "layers" in name or name == "av1" else kept == ours
     assert len(ours) < len(packets)
