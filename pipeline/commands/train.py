@@ -34,7 +34,7 @@ def train(
 
     [bold]Examples[/]
 
-      stormline train                                     # the model that stormline ships, three to five hours on 2 cores
+      stormline train                                     # the model that stormline ships, 3 to 5 hours on 2 cores
 
       stormline train --out /tmp/try --scale 0.01         # a hundredth of the steps: does it run?
 
