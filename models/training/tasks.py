@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -56,6 +56,10 @@ class Task:
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
         """Return the loss of a step's batch, with gradients, and what was right."""
         raise NotImplementedError
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """Return what the loss and its backward pass, which may compute parts of it again, are to run in."""
+        return nullcontext()
 
     def clip(self, index: int, held_out: bool = False) -> Clip:
         """Return clip `index` of this stage."""
@@ -174,6 +178,10 @@ class TextTask(Task):
         loss = (each * weight).sum() / weight.sum()
         return loss, _count_texts(predicted.detach(), wanted, batch)
 
+    def attention(self) -> AbstractContextManager[Any]:
+        """See `Task.attention`: on CPUs the fused kernel's backward pass is slower than plain products."""
+        return sdpa_kernel(SDPBackend.MATH) if self.model.device.type == "cpu" else nullcontext()
+
     def draw(self, step: int, held_out: bool = False) -> tuple[TextBatch, Tensor]:
         """Return a step's texts and the video tokens for their placeholders, (n, d_model)."""
         rng = np.random.default_rng([self.seed, self.stage_index, step, held_out])
@@ -249,9 +257,7 @@ class TextTask(Task):
         """Return logits at the places where something is to be predicted, and what is."""
         model = self.model
         embeds = model.embed_inputs(batch.input_ids, tokens.to(model.dtype))
-        # On CPUs the fused kernel's backward pass takes three times as long as plain products at these lengths.
-        plain = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cpu" else nullcontext()
-        with plain, _autocast(model.device, self.stage.bfloat16):
+        with _autocast(model.device, self.stage.bfloat16):
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=embeds,
                 attention_mask=self._masks(batch),

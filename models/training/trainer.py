@@ -235,13 +235,14 @@ class Trainer:
 
     def _train_step(self, stage: Stage, task: Task, optimizers: Optimizers) -> tuple[float, dict[str, Tensor]]:
         self.model.train()
-        loss, counts = task.loss(self._step * self.ranks.world + self.ranks.rank)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"stage {stage.name!r} has a loss of {loss.item()} at step {self._step}; expected a number. "
-                "Lower its learning_rate; the state saved last is from before"
-            )
-        loss.backward()
+        with task.attention():
+            loss, counts = task.loss(self._step * self.ranks.world + self.ranks.rank)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"stage {stage.name!r} has a loss of {loss.item()} at step {self._step}; expected a number. "
+                    "Lower its learning_rate; the state saved last is from before"
+                )
+            loss.backward()
         trained = [p for o in optimizers.parts for g in o.param_groups for p in g["params"]]
         self.ranks.average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
