@@ -128,30 +128,31 @@ def measure_scan(layer: Mamba2, case: Case, rounds: int) -> dict[str, Any]:
         return y + d[:, None] * x, last
 
     x_0, b_0, c_0 = x, b, c
-    blocks = [block for block in PEER_BLOCKS if block < n_tokens] + [min(PEER_BLOCK, n_tokens)]
+    blocks = {PEER_BLOCK, min(PEER_BLOCK, n_tokens), *(block for block in PEER_BLOCKS if block < n_tokens)}
+    peers = {f"block {block}": partial(theirs, block=block) for block in sorted(blocks)}
+    default = f"block {PEER_BLOCK}"
     with torch.inference_mode():
         for peer in (theirs, the_listing):
             torch.testing.assert_close(ours(), peer(), atol=1e-3, rtol=1e-3)
-        works = {"ours": ours, "theirs": theirs, "listing": the_listing}
-        others = {f"block {block}": partial(theirs, block=block) for block in blocks}
-        took = in_turns(works | others | {"products": products(layer, case, projections=False)}, rounds)
+        works = {"ours": ours, "listing": the_listing, "products": products(layer, case, projections=False)}
+        took = in_turns(works | peers, rounds)
         spent = spent_on(ours)
 
     def train(scan: Callable[..., tuple[Tensor, Tensor]]) -> None:
         y, _ = scan(*(each.clone().requires_grad_() for each in (x, b, c)))
         y.square().mean().backward()
 
-    best = min(blocks, key=lambda block: took[f"block {block}"])
-    trained = {"ours": ours, "theirs": theirs, "best": partial(theirs, block=best)}
+    best = min(peers, key=lambda name: took[name])
+    trained = {"ours": ours} | {name: peers[name] for name in {default, best}}
     training = in_turns({name: partial(train, scan) for name, scan in trained.items()}, max(1, rounds // 2))
     return {
         "ours_ms": round(took["ours"] * 1e3, 2),
-        "over transformers": round(took["theirs"] / took["ours"], 2),
-        "over transformers at its best block": round(took[f"block {best}"] / took["ours"], 2),
+        "over transformers": round(took[default] / took["ours"], 2),
+        "over transformers at its best block": round(took[best] / took["ours"], 2),
         "over the paper's listing": round(took["listing"] / took["ours"], 2),
         "of its matrix products": round(took["products"] / took["ours"], 2),
-        "training, over transformers": round(training["theirs"] / training["ours"], 2),
-        "training, over transformers at its best block": round(training["best"] / training["ours"], 2),
+        "training, over transformers": round(training[default] / training["ours"], 2),
+        "training, over transformers at its best block": round(training[best] / training["ours"], 2),
         "spent_on": spent,
     }
 

@@ -29,7 +29,6 @@ class Frame:
     """A frame's header, as far as it is read."""
 
     is_shown: bool
-    is_key: bool
     refreshed: int  # bits of the eight slots for pictures that later frames may refer to
 
 
@@ -123,9 +122,8 @@ def read_frame(data: bytes, sequence: Sequence) -> Frame | None:
     kind, shown = bits.read(2), bits.read(1)
     if not shown:
         bits.read(1)  # whether it may be shown later
-    is_key = kind == _KEY_FRAME
-    if kind == _SWITCH_FRAME or (is_key and shown):
-        return Frame(bool(shown), is_key, _ALL_SLOTS)
+    if kind == _SWITCH_FRAME or (kind == _KEY_FRAME and shown):
+        return Frame(bool(shown), _ALL_SLOTS)
     resilient = bits.read(1)
     bits.read(1)  # whether its statistics are kept
     tools = bits.read(1) if sequence.screen_content_tools == _CHOSEN_BY_FRAME else sequence.screen_content_tools
@@ -136,4 +134,4 @@ def read_frame(data: bytes, sequence: Sequence) -> Frame | None:
     bits.read(sequence.order_hint_bits)
     if not resilient and kind not in (_KEY_FRAME, _INTRA_ONLY_FRAME):
         bits.read(3)  # whose statistics it begins with
-    return Frame(bool(shown), is_key, bits.read(8))
+    return Frame(bool(shown), bits.read(8))

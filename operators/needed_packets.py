@@ -16,7 +16,7 @@ Sources: ITU-T H.264 (7.3.1, 7.4.1), H.265 (7.3.1.2, 7.4.2.2), H.262 (6.2.3), th
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -164,33 +164,36 @@ def _roles_in_vp9(packets: Sequence[bytes], _: bytes) -> list[Role]:
 
 
 def _roles_in_av1(packets: Sequence[bytes], extradata: bytes) -> list[Role]:
-    sequence, _ = _sequence_of(extradata[4:], None) if extradata[:1] == b"\x81" else (None, False)  # ISO/IEC 14496-15
+    # ISO/IEC 14496-15: four bytes, then units
+    sequence = _sequence_in(av1_headers.units(extradata[4:]), None) if extradata[:1] == b"\x81" else None
     roles = []
     for packet in packets:
-        sequence, is_new = _sequence_of(packet, sequence)
-        roles.append(_role_in_av1(packet, sequence, is_new))
+        units = list(av1_headers.units(packet))
+        before, sequence = sequence, _sequence_in(units, sequence)
+        roles.append(_role_in_av1(units, sequence, sequence != before))
     return roles
 
 
-def _sequence_of(packet: bytes, before: av1_headers.Sequence | None) -> tuple[av1_headers.Sequence | None, bool]:
-    """Return by which sequence header a packet's frames are read, and whether it brings one that differs."""
+def _sequence_in(
+    units: Iterable[tuple[int, bytes]], before: av1_headers.Sequence | None
+) -> av1_headers.Sequence | None:
+    """Return by which sequence header frames are read after these units; None where it is not understood."""
     sequence = before
-    for kind, data in av1_headers.units(packet):
+    for kind, data in units:
         if kind == av1_headers.SEQUENCE_HEADER:
             try:
                 sequence = av1_headers.read_sequence(data)
             except ValueError:
                 sequence = None
-    return sequence, sequence != before
+    return sequence
 
 
-def _role_in_av1(packet: bytes, sequence: av1_headers.Sequence | None, is_new: bool) -> Role:
-    headers = [
-        data for kind, data in av1_headers.units(packet) if kind in {av1_headers.FRAME_HEADER, av1_headers.FRAME}
-    ]
-    if headers and headers[0][:1] and headers[0][0] >> 4 == 0b0001:  # a key frame that is shown: it refreshes all
+def _role_in_av1(units: Sequence[tuple[int, bytes]], sequence: av1_headers.Sequence | None, is_new: bool) -> Role:
+    headers = [data for kind, data in units if kind in {av1_headers.FRAME_HEADER, av1_headers.FRAME}]
+    # show_existing_frame 1 bit (0), frame_type 2 (0: key), show_frame 1: this one refreshes all
+    if headers and headers[0][:1] and headers[0][0] >> 4 == 0b0001:
         return Role.BARRIER
-    if sequence is None or is_new or len(headers) != 1:  # hidden frames, which others refer to
+    if sequence is None or is_new or len(headers) != 1:  # of several, all but one are hidden: others refer to them
         return Role.REFERENCE
     try:
         frame = av1_headers.read_frame(headers[0], sequence)

@@ -226,12 +226,17 @@ def _ask_stop_or_start(view: WindowView, rng: np.random.Generator) -> list[Quest
     return asked
 
 
+def _only_change_s(facts: ObjectFacts) -> float | None:
+    """Return when an object changes, if it does so just once."""
+    times = [e.t_s for e in facts.events if e.kind in CHANGES]
+    return times[0] if len(times) == 1 else None
+
+
 def _ask_first_change(view: WindowView, rng: np.random.Generator) -> list[Question]:
     changes = []
     for f, name in _named(view):
-        times = [e.t_s for e in f.events if e.kind in CHANGES]
-        if len(times) == 1:
-            changes.append((times[0], name))
+        if (t_s := _only_change_s(f)) is not None:
+            changes.append((t_s, name))
     asked = []
     for (t0, first), (t1, second) in itertools.combinations(sorted(changes), 2):
         if t1 - t0 >= ORDER_GAP_S:
@@ -384,9 +389,8 @@ def _ask_when(view: WindowView, rng: np.random.Generator) -> list[Question]:
     """Ask for the time that the prompt shows last before something happens."""
     asked = []
     for f, name in _named(view):
-        changes = [e.t_s for e in f.events if e.kind in CHANGES]
-        if len(changes) == 1:
-            asked.append((f"When does {name} change?", changes[0], changes[0]))
+        if (t_s := _only_change_s(f)) is not None:
+            asked.append((f"When does {name} change?", t_s, t_s))
         came, went = ([e.t_s for e in f.events if e.kind == kind] for kind in ("appears", "leaves"))
         if came:
             asked.append((f"When does {name} appear?", came[0], went[0] if went else None))

@@ -79,8 +79,8 @@ class Stage:
             tokens are kept on disk, and else what the vision tower gives, which must be frozen. 0: clips that are
             seen as they come.
         data: A folder, .jsonl or .parquet of real video with text, see `pairs`; nothing: the world of shapes. A clip
-            is then a stretch of video as `clip_frames` evenly spaced frames, read whole: `window_chunks`, `worlds` and
-            `weights` do not apply.
+            is then a stretch of video as `clip_frames` evenly spaced frames, read whole: `window_chunks`, `worlds`,
+            `weights` and `seek` do not apply.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
         bfloat16: Compute the language model in bfloat16 also on a CPU; on CUDA everything trains so.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -66,9 +66,7 @@ class Task:
         return self._clip(index, held_out)
 
     def _make_clip(self, index: int, held_out: bool) -> Clip:
-        kinds = list(self.stage.worlds)
-        shares = np.cumsum([self.stage.worlds[kind] for kind in kinds])
-        kind = kinds[int(np.searchsorted(shares, (index * 0.6180339887) % 1.0 * shares[-1], side="right"))]
+        kind = _by_share(self.stage.worlds, (index * 0.6180339887) % 1.0)
         stream = (self.seed * 8 + self.stage_index) % 256
         seed, n_frames = seed_of(index, stream, held_out=held_out), self.stage.clip_frames
         # Windows of all lengths shall have needles: as many in a short stretch as in the whole clip.
@@ -208,7 +206,7 @@ class TextTask(Task):
         size = self.model.config.chunk_frames
         n_clip_chunks = self.stage.clip_frames // size
         best = _Window(0, 0, [], size / FPS)
-        sought = self._draw_sought(rng)
+        sought = _by_share(self.stage.seek, rng.random()) if self.stage.seek else None
         weights = self._weights if sought is None else {**self._weights, sought: _FOR_SURE}
         for left in reversed(range(_TRIES if sought is None else _SOUGHT_TRIES)):
             n_cached = self.stage.cached_streams
@@ -224,13 +222,6 @@ class TextTask(Task):
             if len(asked) >= self.stage.questions // 2:
                 break
         return best
-
-    def _draw_sought(self, rng: np.random.Generator) -> str | None:
-        """Draw the kind of question that a window must allow; None where any will do."""
-        if not self.stage.seek:
-            return None
-        shares = np.cumsum(list(self.stage.seek.values()))
-        return list(self.stage.seek)[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
 
     def _encode_windows(self, windows: Sequence[_Window], n_chunks: int, held_out: bool) -> list[Tensor]:
         """Return each window's tokens, (n_chunks, tokens of a chunk, d_model)."""
@@ -314,6 +305,12 @@ def build_task(
     if stage.data is not None:
         kind = PairsTask
     return kind(stage, stage_index, recipe, model, processor)
+
+
+def _by_share(shares: Mapping[str, float], place: float) -> str:
+    """Return the name at a place in [0, 1) where each takes up its share."""
+    ends = np.cumsum(list(shares.values()))
+    return list(shares)[int(np.searchsorted(ends, place * ends[-1], side="right"))]
 
 
 def _autocast(device: torch.device, on_cpu: bool = False) -> torch.autocast:

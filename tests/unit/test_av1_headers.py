@@ -22,12 +22,12 @@ def test_units_when_sizes_are_told_then_each_until_the_one_that_tells_none():
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ("0 01 1  0 0  0 0000001 111  00000000", Frame(True, False, 0)),  # inter, shown, refreshes nothing
-        ("0 01 0 1  0 0  0 0000001 111  00001000", Frame(False, False, 8)),  # hidden, refreshes a slot
-        ("0 01 1  1 0  0 0000001  10000000", Frame(True, False, 0x80)),  # resilient: no statistics of another
-        ("0 10 1  0 0  0 0000001  00000010", Frame(True, False, 2)),  # intra only
-        ("0 00 1", Frame(True, True, 0xFF)),
-        ("0 11 1", Frame(True, False, 0xFF)),  # switch
+        ("0 01 1  0 0  0 0000001 111  00000000", Frame(True, 0)),  # inter, shown, refreshes nothing
+        ("0 01 0 1  0 0  0 0000001 111  00001000", Frame(False, 8)),  # hidden, refreshes a slot
+        ("0 01 1  1 0  0 0000001  10000000", Frame(True, 0x80)),  # resilient: no statistics of another
+        ("0 10 1  0 0  0 0000001  00000010", Frame(True, 2)),  # intra only
+        ("0 00 1", Frame(True, 0xFF)),
+        ("0 11 1", Frame(True, 0xFF)),  # switch
         ("1", None),  # shows one that is there
     ],
 )

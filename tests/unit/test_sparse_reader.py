@@ -69,7 +69,7 @@ def n_needed(data, grid):
     """Return how many packets are decoded, of how many."""
     with open_media(data) as container, ffmpeg_errors() as errors:
         reader = VideoReader(container, open_video_stream(container), errors)
-        planned = SparseReader.planned(reader, make_meta(), None, grid, DecodeLimits(), (48, 64))
+        planned = SparseReader.planned(reader, make_meta(), None, grid, DecodeLimits(), HW)
         n_packets = sum(1 for _ in reader.source)
         return (sum(planned.needed) if planned else n_packets), n_packets
 
