@@ -68,7 +68,7 @@ def recipe_of(variant: str, scale: float) -> Recipe:
             "batch": 16,
             "clip_frames": 64,
             "window_chunks": [2, 2, 4, 8],
-            "weights": {"when": 0},
+            "weights": {"when": 0, "objects": 0},
             "learning_rate": 4.0e-3,
             "warmup_steps": 100,
             "cached_streams": 400,
