@@ -38,7 +38,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     with ExitStack() as stack:
         own = settings.ray.address is None
         more: dict[str, Any] = dict(NO_USE) if own else {}
-        if _may_fork(settings):
+        if may_fork(settings):
             more["setup_worker_path"] = stack.enter_context(fork_server())
         import ray
 
@@ -69,7 +69,8 @@ def _parameters(more: dict[str, Any]) -> Iterator[None]:
         own.RayParams = plain
 
 
-def _may_fork(settings: Settings) -> bool:
+def may_fork(settings: Settings) -> bool:
+    """Whether workers are copies of one process that has imported everything: on this machine, without a GPU."""
     no_gpu = not settings.ray.encode_num_gpus and not settings.llm.num_gpus
     return settings.ray.address is None and settings.ray.fork_workers and no_gpu and sys.platform == "linux"
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from ..models.prompts import VideoAnswer, VideoPrompt
 from ..operators.errors import ServiceError
 from ..operators.rows import LaneNews, Picture
 from .chunk_index import PastChunk
 from .front.address import check_port
-from .settings import ServeSettings, Settings
-from .video_llm import ModelDescription
+from .settings import ModelSettings, ServeSettings, Settings
+from .video_llm import ModelDescription, describe
 
 if TYPE_CHECKING:
     from .stream_activity import StreamActivity
@@ -34,25 +38,76 @@ DESCRIBE_TIMEOUT_S = 30.0
 # How soon a replica that died is missed, and another started; Serve's ten seconds are a third of the time it may take.
 MISSED_AFTER_S = 1.0
 RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
+CONNECT_WITHIN_S = 60.0  # of a lane that starts beside the services: they need seconds
+_CONNECT_EVERY_S = 0.05
+
+
+class StartingServices:
+    """Services that come up beside other work."""
+
+    def __init__(self, settings: Settings):
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        wanted = {*APPS, FRONT_APP} if settings.serve.enabled else set(APPS)
+        if wanted <= _running_apps():
+            logger.info("services_reused apps=%s", ",".join(sorted(wanted)))
+            return
+        if settings.serve.enabled:
+            check_port(settings.serve)
+        self._thread = threading.Thread(target=self._run, args=(settings,), name="services", daemon=True)
+        self._thread.start()
+
+    def ready(self) -> bool:
+        """Tell whether they answer.
+
+        Raises:
+            Exception: Whatever kept them from it.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait(self) -> None:
+        """Wait until they answer; raises as `ready` does."""
+        if self._thread is not None:
+            self._thread.join()
+        self.ready()
+
+    def take_down(self) -> None:
+        """End them, but for those that ran before."""
+        if self._thread is not None:
+            self._thread.join()
+            serve.shutdown()
+
+    def _run(self, settings: Settings) -> None:
+        try:
+            _deploy(settings)
+        except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+            self._error = error
+
+
+@contextmanager
+def starting_services(settings: Settings) -> Iterator[StartingServices]:
+    """Have the LLM, the token store and, where the settings say so, the HTTP front come up beside the block.
+
+    Where they run already on this Ray, they are used as they are and left running; else they are deployed, and
+    taken down after the block.
+    """
+    starting = StartingServices(settings)
+    try:
+        yield starting
+    finally:
+        starting.take_down()
 
 
 @contextmanager
 def services(settings: Settings) -> Iterator[None]:
-    """Have the LLM, the token store and, where the settings say so, the HTTP front answer within the block.
-
-    Where both run already on this Ray, they are used as they are and left running; else they are deployed, and
-    taken down after the block.
-    """
-    wanted = {*APPS, FRONT_APP} if settings.serve.enabled else set(APPS)
-    if wanted <= _running_apps():
-        logger.info("services_reused apps=%s", ",".join(sorted(wanted)))
+    """Have them answer within the block, see `starting_services`."""
+    with starting_services(settings) as starting:
+        starting.wait()
         yield
-        return
-    _deploy(settings)
-    try:
-        yield
-    finally:
-        serve.shutdown()
 
 
 def _running_apps() -> set[str]:
@@ -94,7 +149,6 @@ def _start_serve(http: ServeSettings) -> None:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     where: dict[str, Any] = {"proxy_location": "Disabled"}
     if http.enabled:
-        check_port(http)
         where = {"proxy_location": "HeadOnly", "http_options": {"host": http.host, "port": http.port}}
     logging.disable(logging.INFO)  # as it starts, Serve sets its logger's level here to INFO and tells each step
     try:
@@ -107,6 +161,18 @@ def _start_serve(http: ServeSettings) -> None:
 def describe_model() -> ModelDescription:
     """Return what the running LLM deployment holds."""
     return serve.get_deployment_handle("VideoLLM", LLM_APP).describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
+
+
+def describe_apart(model: ModelSettings) -> ModelDescription:
+    """Return what the LLM deployment will hold, from a process of its own: it is not waited for."""
+    task = ray.remote(_load_and_describe).options(num_cpus=0)
+    return ray.get(task.remote(model), timeout=DESCRIBE_TIMEOUT_S)
+
+
+def _load_and_describe(model: ModelSettings) -> ModelDescription:
+    from ..models.loading import load_model
+
+    return describe(load_model(model.path, device=model.device, dtype=model.dtype))
 
 
 class _Deployment:
@@ -122,6 +188,17 @@ class _Deployment:
         if self._handle is None:
             self._handle = serve.get_deployment_handle(self._NAME, self._APP)
         return self._handle
+
+    def _connect(self) -> Any:
+        """Return the handle; waits for services that are being started."""
+        patience_ends_s = time.monotonic() + CONNECT_WITHIN_S
+        while True:
+            try:
+                return self._deployment()
+            except (RayServeException, KeyError):  # no Serve yet, or no such deployment
+                if time.monotonic() > patience_ends_s:
+                    raise
+            time.sleep(_CONNECT_EVERY_S)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handle": None}
@@ -155,7 +232,8 @@ class LlmClient(_Llm):
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
             try:
-                return await asyncio.wait_for(self._deployment().answer.remote(prompt), self._timeout_s)
+                llm = self._handle or await asyncio.to_thread(self._connect)
+                return await asyncio.wait_for(llm.answer.remote(prompt), self._timeout_s)
             except Exception as e:  # noqa: BLE001 (the edge to another process: whatever came out of it)
                 last = e
                 logger.warning("llm_attempt_failed attempt=%d error=%r", attempt + 1, e)
@@ -175,7 +253,7 @@ class StoreClient(_Store):
 
     def __call__(self, news: LaneNews) -> None:
         """Send the news."""
-        self._deployment().push.remote(news)
+        self._connect().push.remote(news)
 
 
 class LlmReader(_Llm):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..operators.errors import CommitError, StormlineError
-from .embedded_ray import embedded_ray
+from .embedded_ray import embedded_ray, may_fork
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .archive.feed import ArchiveFeed
     from .lane import LanePlan, LaneStatus
     from .poison import SuspectList
+    from .serving import StartingServices
     from .video_llm import ModelDescription
 
 logger = logging.getLogger(__name__)
@@ -136,19 +137,24 @@ class Supervisor:
         with OutputLock(root), embedded_ray(self._settings, self._tell):
             QueryRegistry(root).take_settings(self._settings.queries)
             if not self._stop.is_set():
-                with self._services(), DeliveryThread(root, self._settings.delivery, self._settings.kafka):
-                    self._watch(until_idle_s, on_status or (lambda status: None), on_ready or (lambda: None))
+                delivery = DeliveryThread(root, self._settings.delivery, self._settings.kafka)
+                with self._services() as services, delivery:
+                    self._watch(services, until_idle_s, on_status or (lambda status: None), on_ready or (lambda: None))
             self._phase = "stopped"
             return self.status()
 
     def _watch(
-        self, until_idle_s: float | None, on_status: Callable[[RunStatus], None], on_ready: Callable[[], None]
+        self,
+        services: StartingServices,
+        until_idle_s: float | None,
+        on_status: Callable[[RunStatus], None],
+        on_ready: Callable[[], None],
     ) -> None:
         if self._stop.is_set():
             return
         from .partition_watch import PartitionWatch
 
-        self._plan()
+        self._plan(self._describe(services))
         self._tell(f"starting {len(self._slots)} lane(s)")
         ready = False
         known = (p for slot in self._slots for p in slot.plan.partitions)
@@ -159,7 +165,7 @@ class Supervisor:
                 self._adopt(watch.take())
                 self._tend()
                 status = self.status()
-                if not ready and status.lanes_up == len(self._slots):
+                if not ready and services.ready() and status.lanes_up == len(self._slots):
                     ready, self._phase = True, "running"
                     on_ready()
                 on_status(status)
@@ -174,29 +180,42 @@ class Supervisor:
             self._stop_lanes()
 
     @contextmanager
-    def _services(self) -> Iterator[None]:
-        from .serving import services
+    def _services(self) -> Iterator[StartingServices]:
+        from .serving import starting_services
 
         http = ", the HTTP service" if self._settings.serve.enabled else ""
         self._tell(f"starting the LLM{http} and the token store on Ray Serve")
-        with services(self._settings):
-            yield
+        with starting_services(self._settings) as services:
+            yield services
 
-    def _plan(self) -> None:
+    def _describe(self, services: StartingServices) -> ModelDescription:
+        """Return what the model is; where that costs little at once, so that lanes start beside the services."""
+        from ray.exceptions import RayError
+
+        from .serving import describe_apart, describe_model
+
+        if self._settings.model.path is None and may_fork(self._settings) and not services.ready():
+            try:
+                return describe_apart(self._settings.model)
+            except RayError as error:
+                logger.warning("describe_apart_failed error=%r", error)
+        services.wait()
+        return describe_model()
+
+    def _plan(self, model: ModelDescription) -> None:
         """Find the partitions, recover what is committed, and plan each lane."""
         from .checkpoint import list_lanes
         from .kafka_source import check_offsets_exist, list_partitions
         from .lane import LanePlan
         from .poison import SuspectList
         from .recovery import recover
-        from .serving import describe_model
 
         settings, archive = self._settings, self._archive
         partitions = archive.partitions(settings.lanes.count) if archive else list_partitions(settings.kafka)
         count = min(settings.lanes.count, len(partitions))
         if count < settings.lanes.count:
             self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
-        model = self._model = describe_model()
+        self._model = model
         identity = {**run_identity(settings, model), **(archive.identity if archive else {})}
         recovery = recover(settings.output.path, lanes=count, identity=identity)
         for warning in recovery.warnings:

@@ -18,6 +18,7 @@ from .settings import LlmSettings, ModelSettings
 from .vllm_client import VllmClient
 
 if TYPE_CHECKING:
+    from ..models.loading import LoadedModel
     from ..models.processing import Prompt
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,13 @@ class ModelDescription:
     trained: bool
     frame_hw: tuple[int, int]
     chunk_frames: int
+
+
+def describe(loaded: LoadedModel) -> ModelDescription:
+    """Return what a model is."""
+    config = loaded.model.config
+    frame_hw = (config.image_size, config.image_size)
+    return ModelDescription(loaded.name, loaded.fingerprint, loaded.trained, frame_hw, config.chunk_frames)
 
 
 @serve.deployment(name="VideoLLM", max_ongoing_requests=256)
@@ -112,9 +120,7 @@ class VideoLLM:
 
     async def describe(self) -> ModelDescription:
         """Return what the model is."""
-        loaded, config = self._loaded, self._loaded.model.config
-        frame_hw = (config.image_size, config.image_size)
-        return ModelDescription(loaded.name, loaded.fingerprint, loaded.trained, frame_hw, config.chunk_frames)
+        return describe(self._loaded)
 
     async def stats(self) -> dict[str, Any]:
         """Return what was answered since the replica started."""

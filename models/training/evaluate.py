@@ -269,7 +269,7 @@ def stream_clip(loaded: LoadedModel, frames: np.ndarray | Tensor) -> list[VideoC
 
 def prompt_of(question: Question, chunks: tuple[VideoChunk, ...]) -> VideoPrompt:
     """Return what the model is asked."""
-    most = _CAPTION_TOKENS if question.kind in ("caption", "actions") else 12
+    most = _CAPTION_TOKENS if question.kind in ("caption", "actions", "objects") else 12
     return VideoPrompt(text=question.prompt, chunks=chunks, max_new_tokens=most)
 
 

@@ -6,7 +6,8 @@ Three families, after published benchmarks:
     needles    VNBench (arXiv 2406.09367): a star in a long, dull video: seen, colour, which first, how many
     alerts     yes or no, as many no as yes
 
-and plain ones (is there, what colour, how many), when something happens, what an object does, and whole captions.
+and plain ones (is there, what colour, how many, which), when something happens, what an object does, and whole
+captions.
 
 That an ordered question needs the order holds by construction. Each offers two answers, and the clip played backwards
 has the other one (`Question.reversed_answer`). Clips are asked about in both directions, so whoever sees the set of
@@ -34,12 +35,13 @@ MIN_SEEN_S = 2.0  # how long an object must be seen for a question on its way: f
 ORDER_GAP_S = 1.0  # between two things whose order is asked: two frames at 2 fps
 TOLD_EVERY_S = 2.0  # the times that a prompt shows, from the window's begin: of each four frames at 2 fps
 _CLEAR_OF_NEXT_S = 0.6  # how far a thing must be from both such times around it for the earlier one to be its time
+_MOST_TOLD = 5  # objects in one answer
 CHANGES = ("turns", "stops", "starts moving", "changes colour", "grows", "shrinks")
 
 ORDERED_KINDS = ("direction", "size change", "colour change", "presence", "stop or start", "first change")
 NEEDLE_KINDS = ("needle seen", "needle colour", "needle first", "needle count")
 PLAIN_KINDS = ("exists", "colour", "shape", "size", "count", "speed", "moves")
-TOLD_KINDS = ("motion", "actions", "after", "when", "caption")
+TOLD_KINDS = ("objects", "motion", "actions", "after", "when", "caption")
 KINDS = (*ORDERED_KINDS, *NEEDLE_KINDS, *PLAIN_KINDS, *TOLD_KINDS, "alert")
 ORDER_NEEDED = frozenset((*ORDERED_KINDS, "needle first"))  # half right is all that a set of frames gives
 
@@ -342,6 +344,16 @@ def _ask_count(view: WindowView, rng: np.random.Generator) -> list[Question]:
     return [_plain("count", "How many objects are seen?", str(len(view.full.objects)))]
 
 
+def _ask_objects(view: WindowView, rng: np.random.Generator) -> list[Question]:
+    """Ask for the objects' looks, in a caption's order: from left to right, then as they appear."""
+    looks = [str(f.look) for f in view.truth.objects]
+    if not looks or looks != [str(f.look) for f in view.full.objects] or len(looks) > _MOST_TOLD:
+        return []
+    if len(looks) == 1 and rng.random() < 0.5:  # one alone has no order
+        return []
+    return [Question("objects", "Which objects are seen?", "; ".join(f"a {look}" for look in looks), None)]
+
+
 def _ask_speed(view: WindowView, rng: np.random.Generator) -> list[Question]:
     return [
         _plain("speed", f"Is {name} slow or fast?", f.speed, ("slow", "fast"))
@@ -401,7 +413,7 @@ def _ask_when(view: WindowView, rng: np.random.Generator) -> list[Question]:
 
 
 def _ask_caption(view: WindowView, rng: np.random.Generator) -> list[Question]:
-    if not view.truth.clear or len(view.full.objects) > 5:
+    if not view.truth.clear or len(view.full.objects) > _MOST_TOLD:
         return []
     if not view.full.objects and rng.random() < 0.7:  # dull windows are many; this many are enough
         return []
@@ -453,6 +465,7 @@ _ASKERS: dict[str, Callable[[WindowView, np.random.Generator], list[Question]]] 
     "shape": _ask_shape,
     "size": _ask_size,
     "count": _ask_count,
+    "objects": _ask_objects,
     "speed": _ask_speed,
     "moves": _ask_moves,
     "motion": _ask_motion,
@@ -468,7 +481,8 @@ def question_corpus(n_windows: int = 400, seed: int = 0) -> Iterator[str]:
     """Yield questions and answers of many windows, for learning a tokenizer; always the same ones."""
     from .clips import world_of
 
-    weights: dict[str, float] = {kind: 1.0 for kind in KINDS if kind != "when"}  # its words are all in the others
+    # The words of those left out are all in the others.
+    weights: dict[str, float] = {kind: 1.0 for kind in KINDS if kind not in ("when", "objects")}
     for i in range(n_windows):
         world = world_of(seed + i, "needles" if i % 4 == 0 else "shapes")
         rng = np.random.default_rng([seed, i])

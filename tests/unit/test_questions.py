@@ -44,6 +44,16 @@ def test_ask_when_many_windows_then_every_kind_comes_up(many):
     assert set(kinds) == set(KINDS)
 
 
+def test_objects_when_several_then_told_in_the_order_of_the_caption(many):
+    told = [(clip.window(0, clip.n_frames), q) for clip, questions in many for q in questions if q.kind == "objects"]
+
+    assert any(";" in q.answer for _, q in told)
+    for view, q in told:
+        clauses = view.truth.caption.split("; ")
+        assert all(clause.startswith(look) for look, clause in zip(q.answer.split("; "), clauses, strict=False))
+        assert len(q.answer.split("; ")) == len(view.full.objects)
+
+
 def test_ordered_question_when_played_backwards_then_the_other_option_is_right(many):
     for _, questions in many:
         for q in questions:

@@ -1,0 +1,112 @@
+"""What lanes reach the services through, without them."""
+
+import asyncio
+import pickle
+
+import pytest
+from ray.serve.exceptions import RayServeException
+
+from stormline.pipeline import serving
+from stormline.pipeline.serving import CONNECT_WITHIN_S, LlmClient, StartingServices, StoreClient
+from stormline.pipeline.settings import load_settings
+
+
+class Handle:
+    """A deployment's handle, of which each method notes what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.name = name
+        return self
+
+    def remote(self, *args):
+        self.calls.append((self.name, *args))
+
+
+class Clock:
+    """Time that passes by sleeping alone."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(serving, "time", made)
+    return made
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Return a handle that is there at the third attempt: before, Serve does not run, then it lacks the deployment."""
+    handle = Handle()
+    answers = [RayServeException("no Serve"), KeyError("no deployment"), handle]
+
+    def get(name, app):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(serving.serve, "get_deployment_handle", get)
+    return handle
+
+
+def test_store_client_when_the_store_comes_up_later_then_the_news_reach_it(late):
+    client = StoreClient()
+
+    client("news")
+    client("more")
+
+    assert late.calls == [("push", "news"), ("push", "more")]
+    assert pickle.loads(pickle.dumps(client))._handle is None
+
+
+def test_llm_client_when_the_llm_comes_up_later_then_asked_at_the_first_attempt(late):
+    async def answer(prompt):
+        return f"about {prompt}"
+
+    late.remote = answer
+
+    assert asyncio.run(LlmClient(timeout_s=5.0)("video")) == "about video"
+
+
+def test_store_client_when_the_store_never_comes_then_says_so(monkeypatch, clock):
+    def get(name, app):
+        raise RayServeException("no Serve")
+
+    monkeypatch.setattr(serving.serve, "get_deployment_handle", get)
+
+    with pytest.raises(RayServeException, match="no Serve"):
+        StoreClient()("news")
+    assert clock.now_s == pytest.approx(CONNECT_WITHIN_S, abs=1.0)
+
+
+def test_starting_services_when_they_cannot_start_then_raised_where_they_are_waited_for(monkeypatch):
+    def deploy(settings):
+        raise RuntimeError("no room")
+
+    taken_down = []
+    monkeypatch.setattr(serving, "_running_apps", set)
+    monkeypatch.setattr(serving, "_deploy", deploy)
+    monkeypatch.setattr(serving.serve, "shutdown", lambda: taken_down.append(True))
+
+    starting = StartingServices(load_settings(None, []))
+
+    with pytest.raises(RuntimeError, match="no room"):
+        starting.wait()
+    with pytest.raises(RuntimeError, match="no room"):
+        starting.ready()
+    starting.take_down()
+    assert taken_down == [True]
