@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--rounds 5]
 
-Segments of ten seconds, made here from a real street video and from generated ones, in H.264, HEVC and VP9. Each
+Segments of ten seconds, made here from a real street video and from generated ones, in H.264, HEVC, VP9 and AV1. Each
 decoder gets the same bytes and gives frames on the same 2 fps grid at the model's size, on one thread, in turns:
 
     ours        `decode_segment`: times, sampling, damage counted, limits, resizing by swscale's exact paths; what
@@ -38,7 +38,13 @@ from stormline.pipeline.commands.demo import street_video
 
 SECONDS, FPS, GRID_FPS, SIDE_PX = 10, 24, 2, 224
 GOAL = 0.9
-CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9"}
+CODECS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
+OPTIONS = {
+    "libx264": {"preset": "veryfast"},
+    "libx265": {"preset": "veryfast", "x265-params": "log-level=none"},
+    "libvpx-vp9": {"cpu-used": "8", "deadline": "realtime"},
+    "libsvtav1": {"preset": "10"},
+}
 SKIPS = {"PyAV, no unreferenced": "NONREF", "PyAV, keyframes alone": "NONKEY"}
 SIZES = {"street 1280x544": (544, 1280), "generated 640x360": (360, 640)}
 
@@ -67,8 +73,7 @@ def encode(frames: list[np.ndarray], codec: str) -> bytes:
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 2 * FPS
-        quick = {"cpu-used": "8", "deadline": "realtime"} if "vpx" in codec else {"preset": "veryfast"}
-        stream.options = {**quick, **({"x265-params": "log-level=none"} if codec == "libx265" else {})}
+        stream.options = OPTIONS[codec]
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         container.mux(stream.encode())

@@ -123,7 +123,7 @@ def of_decode(d: dict[str, Any]) -> Rows:
     ratios = [each["ours_over_bare"] for each in d["segments"].values()]
     all_frames = [each["ours_all_over_bare"] for each in d["segments"].values()]
     yield (
-        "decoding to sampled frames, H.264, HEVC, VP9 at two sizes: against bare PyAV",
+        "decoding to sampled frames, H.264, HEVC, VP9, AV1 at two sizes: against bare PyAV",
         f"{min(ratios):.1f} to {max(ratios):.1f} times",
         f"{d['goal_ours_over_bare']}; {min(all_frames):.2f} to {max(all_frames):.2f} where no frame is left out",
     )

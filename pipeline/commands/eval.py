@@ -23,6 +23,9 @@ def evaluate_model(
     ] = False,
     lengths: Annotated[str, typer.Option(help="Frames of a clip, at 2 fps.")] = "8,16,32,128,512,2048",
     per_kind: Annotated[int, typer.Option(min=2, help="Questions of each kind and length.")] = 100,
+    frames_per_length: Annotated[
+        int, typer.Option(min=1000, help="Frames drawn for a length, at most: more give the long ones more questions.")
+    ] = 24_000,
     seed: Annotated[int, typer.Option(min=0, max=7, help="Which held-out clips.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -56,7 +59,12 @@ def evaluate_model(
         raise SettingsError(str(error)) from error
     typer.echo(str(loaded))
     result = evaluate(
-        loaded, lengths=frames, n_per_kind=per_kind, seed=seed, on_progress=lambda text: typer.echo(text, err=True)
+        loaded,
+        lengths=frames,
+        n_per_kind=per_kind,
+        seed=seed,
+        frames_per_length=frames_per_length,
+        on_progress=lambda text: typer.echo(text, err=True),
     )
     table = markdown_table(result)
     typer.echo(table)
