@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..host_memory import give_back_freed_memory
 from ..loading import choose_device, load_model, save_model
 from ..processing import StormProcessor
 from ..storm import StormForConditionalGeneration
@@ -201,6 +202,7 @@ class Trainer:
             if now_s - saved_s >= self._save_every_s:
                 self._count_time(stage, saved_s, now_s)
                 self._save(task, optimizers)
+                give_back_freed_memory()  # else a long stage of windows of many lengths takes ever more
                 saved_s = now_s
             if self.ranks.any(should_stop(), self.device):
                 self._count_time(stage, saved_s, self._clock())

@@ -19,6 +19,35 @@ for _ in range(8):  # where the blocks lie settles in a few rounds
 print(kept, faults)
 """
 
+VARY_AND_GIVE_BACK = """
+import torch
+from stormline.models.host_memory import give_back_freed_memory, keep_freed_memory
+
+def resident_mb():
+    with open("/proc/self/statm") as told:
+        return int(told.read().split()[1]) * 4096 >> 20
+
+kept = keep_freed_memory()
+held = [(torch.ones(2 << 20), torch.ones(16)) for _ in range(32)]  # 8 MB each, and a little that stays behind it
+small = [each for _, each in held]
+before = resident_mb()
+del held
+freed = resident_mb()
+print(kept, before, freed, give_back_freed_memory(), resident_mb())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tells glibc what to do")
+def test_give_back_freed_memory_when_blocks_in_use_lie_between_then_what_is_free_goes():
+    done = subprocess.run([sys.executable, "-c", VARY_AND_GIVE_BACK], capture_output=True, check=True, text=True)
+    kept, before, freed, gave, after = done.stdout.split()
+
+    if kept != "True":
+        pytest.skip("another C library than glibc")
+    assert int(freed) > int(before) - 32
+    assert gave == "True"
+    assert int(after) < int(freed) - 200
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tells glibc what to do")
 def test_keep_freed_memory_when_large_blocks_come_and_go_then_they_are_not_fetched_anew():
