@@ -118,12 +118,16 @@ def of_kafka_source(d: dict[str, Any]) -> Rows:
     yield "from sending a message to its row", f"{d['latency_ms']['p50']:.0f} ms median", "a poll waits 50 ms at most"
 
 
+CODEC_NAMES = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1"}
+
+
 def of_decode(d: dict[str, Any]) -> Rows:
     """Decoding by itself."""
     ratios = [each["ours_over_bare"] for each in d["segments"].values()]
     all_frames = [each["ours_all_over_bare"] for each in d["segments"].values()]
+    codecs = dict.fromkeys(CODEC_NAMES[name.rpartition(", ")[2]] for name in d["segments"])
     yield (
-        "decoding to sampled frames, H.264, HEVC, VP9, AV1 at two sizes: against bare PyAV",
+        f"decoding to sampled frames, {', '.join(codecs)} at two sizes: against bare PyAV",
         f"{min(ratios):.1f} to {max(ratios):.1f} times",
         f"{d['goal_ours_over_bare']}; {min(all_frames):.2f} to {max(all_frames):.2f} where no frame is left out",
     )
