@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,14 +179,12 @@ class Supervisor:
             watch.stop()
             self._stop_lanes()
 
-    @contextmanager
-    def _services(self) -> Iterator[StartingServices]:
+    def _services(self) -> AbstractContextManager[StartingServices]:
         from .serving import starting_services
 
         http = ", the HTTP service" if self._settings.serve.enabled else ""
         self._tell(f"starting the LLM{http} and the token store on Ray Serve")
-        with starting_services(self._settings) as services:
-            yield services
+        return starting_services(self._settings)
 
     def _describe(self, services: StartingServices) -> ModelDescription:
         """Return what the model is; where that costs little at once, so that lanes start beside the services."""
