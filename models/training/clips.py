@@ -22,6 +22,7 @@ WORLDS = ("shapes", "needles")
 MOTIONS = (STILL, *DIRECTIONS)
 SPEED_NAMES = (STILL, "slow", "fast")
 CHANGE_NAMES = ("appears", "leaves", "starts moving", "stops", "turns", "changes colour", "grows", "shrinks")
+BACKGROUND_CHANGES = "background changes"
 UNKNOWN = -100  # label of a place that says nothing; cross entropy ignores it
 RECENT_S = 1.5  # for how long a change is told at its place: three frames
 _SETTLED_S = 0.75  # after a change of motion, until two frames show the new one
@@ -114,6 +115,7 @@ def make_clip(
     *,
     size_px: int = 64,
     backwards: bool | None = None,
+    backwards_share: float = 0.5,
     augment: bool = True,
     needle_frames: int | None = None,
 ) -> Clip:
@@ -124,7 +126,8 @@ def make_clip(
         n_frames: 1 or more.
         kind: One of `WORLDS`.
         size_px: Side of a frame.
-        backwards: Play it backwards, or not; None tosses a coin.
+        backwards: Play it backwards, or not; None tosses a coin,
+        backwards_share: which says so this often.
         augment: Vary brightness and contrast, and add a little noise, as a camera and a codec do.
         needle_frames: Frames in which one to two needles come on average, where the kind has needles; by default
             the whole clip.
@@ -132,7 +135,7 @@ def make_clip(
     rng = np.random.default_rng([seed, 7])
     world = world_of(seed, kind, needle_frames or n_frames, size_px)
     start_s = round(float(rng.uniform(0.0, 60.0)), 3)
-    coin = bool(rng.random() < 0.5)
+    coin = bool(rng.random() < backwards_share)
     return Clip(seed, world, start_s, n_frames, coin if backwards is None else backwards, augment)
 
 
@@ -159,6 +162,7 @@ class PlaceLabels:
     motion: np.ndarray  # index into MOTIONS
     speed: np.ndarray  # index into SPEED_NAMES
     change: np.ndarray  # 0 for none of late, else 1 + index into CHANGE_NAMES
+    background: np.ndarray  # 0, or 1 where the whole background changed of late
     offset: np.ndarray  # (T, grid, grid, 2) float32: the object's centre from the place's, in places; NaN for none
 
 
@@ -172,12 +176,16 @@ def label_places(clip: Clip, grid: int) -> PlaceLabels:
         motion=np.full(shape, UNKNOWN, np.int64),
         speed=np.full(shape, UNKNOWN, np.int64),
         change=np.zeros(shape, np.int64),
+        background=np.zeros(shape, np.int64),
         offset=np.full((*shape, 2), np.nan, np.float32),
     )
     times = clip.times_s()
     events = clip.world.events(max(0.0, float(times.min()) - 3.0), float(times.max()) + 3.0)
     for frame, t_s in enumerate(times.tolist()):
         recent = _recent_events(events, t_s, clip.backwards)
+        labels.background[frame] = any(
+            kind == BACKGROUND_CHANGES and age <= (frame - 1) / FPS for kind, age, _ in recent
+        )
         _label_leavers(labels, frame, recent, clip, grid)
         for state in clip.world.objects_at(t_s):
             own = [(kind, age) for kind, age, e in recent if e.object_id == state.object_id and kind != "leaves"]
@@ -191,7 +199,7 @@ def _recent_events(events: Sequence[Event], t_s: float, backwards: bool) -> list
     for event in events:
         age_s = event.t_s - t_s if backwards else t_s - event.t_s
         kind = _BACKWARDS.get(event.kind, event.kind) if backwards else event.kind
-        if 0.0 <= age_s < RECENT_S and kind in CHANGE_NAMES:
+        if 0.0 <= age_s < RECENT_S and kind in (*CHANGE_NAMES, BACKGROUND_CHANGES):
             told.append((kind, age_s, event))
     return sorted(told, key=lambda item: -item[1])
 

@@ -19,9 +19,11 @@ _CLASSES = {
     "motion": len(MOTIONS),
     "speed": len(SPEED_NAMES),
     "change": 1 + len(CHANGE_NAMES),
+    "background": 2,
 }
 STILL_TARGETS = ("colour", "shape", "size")
-MOVING_TARGETS = (*STILL_TARGETS, "motion", "speed", "change")
+MOVING_TARGETS = (*STILL_TARGETS, "motion", "speed", "change", "background")
+_MOSTLY_NOTHING = ("colour", "change", "background")  # their class 0
 _NOTHING_SHARE = 0.3  # of the loss of targets that know "nothing": places without an object are nine in ten
 
 
@@ -47,9 +49,9 @@ class PlaceHeads(nn.Module):
         counts: dict[str, Tensor] = {}
         for name in self.targets:
             logits, wanted = self.heads[name](x), labels[name]
-            something = wanted > 0 if name in ("colour", "change") else wanted != UNKNOWN
+            something = wanted > 0 if name in _MOSTLY_NOTHING else wanted != UNKNOWN
             losses.append(_mean_loss(logits, wanted, something))
-            if name in ("colour", "change"):
+            if name in _MOSTLY_NOTHING:
                 losses.append(_NOTHING_SHARE * _mean_loss(logits, wanted, wanted == 0))
             right = (logits.detach().argmax(-1) == wanted) & something
             counts[name] = torch.stack([right.sum(), something.sum()])

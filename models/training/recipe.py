@@ -75,6 +75,7 @@ class Stage:
             have no caption without something at their ends, or two changes to compare. {}: windows as they come.
         only: Whether kinds that `weights` does not name are left out.
         worlds: For each kind of world, its share of the clips.
+        backwards: Share of the clips that are played backwards. Of those, captions and what objects do are not asked.
         cached_streams: Train on so many clips, which are seen once: where the language model alone trains, their
             tokens are kept on disk, and else what the vision tower gives, which must be frozen. 0: clips that are
             seen as they come.
@@ -82,7 +83,8 @@ class Stage:
             is then a stretch of video as `clip_frames` evenly spaced frames, read whole: `window_chunks`, `worlds`,
             `weights` and `seek` do not apply.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
-        bfloat16: Compute the language model in bfloat16 also on a CPU; on CUDA everything trains so.
+        bfloat16: Compute the language model and the vision tower in bfloat16 also on a CPU; on CUDA everything trains
+            so.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Stage:
     seek: Mapping[str, float] = field(default_factory=dict)
     only: bool = False
     worlds: Mapping[str, float] = field(default_factory=lambda: {"shapes": 1.0})
+    backwards: float = 0.5
     cached_streams: int = 0
     data: str | None = None
     bfloat16: bool = False
@@ -128,6 +131,8 @@ class Stage:
         for name in ("steps", "batch", "clip_frames", "questions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{where}: {name} is {getattr(self, name)}; expected 1 or more")
+        if not 0.0 <= self.backwards <= 1.0:
+            raise ValueError(f"{where}: backwards is {self.backwards}; expected a share, 0 to 1")
         if not self.train:
             raise ValueError(f"{where}: train names no part; expected one or more of {', '.join(PARTS)}")
         if self.cached_streams and (self.task != "text" or "vision_tower" in self.train):

@@ -73,7 +73,8 @@ class Task:
         shortest = min(64, n_frames)
         needle_frames = round(shortest * (n_frames / shortest) ** ((index * 0.7548776662) % 1.0))
         size_px = self.model.config.image_size
-        return make_clip(seed, n_frames, kind, size_px=size_px, needle_frames=needle_frames)
+        share = self.stage.backwards
+        return make_clip(seed, n_frames, kind, size_px=size_px, backwards_share=share, needle_frames=needle_frames)
 
     def _pixels(self, clips: list[Clip]) -> Tensor:
         frames = torch.stack([self.processor.prepare_frames(clip.render()) for clip in clips])
@@ -155,14 +156,16 @@ class TextTask(Task):
         if self.stage.cached_streams:
             self.model.eval()
             worlds = dict(self.stage.worlds)
-            key = f"{self.seed} {self.stage_index} {self.stage.clip_frames} {self.stage.data or worlds}"
+            drawn = (self.stage.clip_frames, self.stage.data or worlds, self.stage.backwards)
+            key = f"{self.seed} {self.stage_index} {drawn}"
             n = self.stage.cached_streams
             drawn_once = partial(self._make_clip, held_out=False)  # a clip that was drawn holds megabytes
             if self.stage.keeps_tokens:
                 self._cache = fill_cache(folder, self.model, self.processor, n, drawn_once, key, on_clips=on_clips)
             else:
-                with _autocast(self.model.device):
-                    features = FeatureCache(folder, self.model, self.processor, key)
+                low = self.stage.bfloat16
+                with _autocast(self.model.device, low):
+                    features = FeatureCache(folder, self.model, self.processor, f"{key}{' bfloat16' if low else ''}")
                     self._cache = features.fill(n, drawn_once, on_clips)
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stormline.models.training.clips import HELD_OUT_SEED, label_places, make_clip, seed_of, world_of
+from stormline.models.training.clips import HELD_OUT_SEED, Clip, label_places, make_clip, seed_of, world_of
 from stormline.models.training.questions import (
     KINDS,
     NEEDLE_KINDS,
@@ -199,6 +199,32 @@ def test_labels_when_played_backwards_then_motion_is_opposite():
 
     assert compared > 100
     assert opposite > 0.97 * compared  # an object may turn between two frames
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_labels_when_background_changes_then_told_for_the_next_frames_at_every_place(backwards):
+    empty = ShapesWorld(ShapesSpec(seed=5, size_px=64, n_objects=(0, 0), episode_s=10.0, scene_episodes=1))
+    clip = Clip(0, empty, 3.2, 64, backwards, augment=False)
+
+    changed = label_places(clip, 8).background
+
+    frames = clip.render()
+    cuts = [i for i in range(1, 64) if (frames[i] != frames[i - 1]).any()]
+    expected = np.zeros(64, np.int64)
+    for cut in cuts:
+        expected[cut : cut + 3] = 1
+    assert len(cuts) == 3
+    np.testing.assert_array_equal(changed, np.broadcast_to(expected[:, None, None], (64, 8, 8)))
+
+
+def test_clips_when_few_are_to_run_backwards_then_few_do_and_the_others_stay_as_they_were():
+    seeds = [seed_of(i, 0, held_out=False) for i in range(400)]
+    half = [make_clip(seed, 8) for seed in seeds]
+    fewer = [make_clip(seed, 8, backwards_share=0.25) for seed in seeds]
+
+    assert 160 < sum(clip.backwards for clip in half) < 240
+    assert 60 < sum(clip.backwards for clip in fewer) < 140
+    assert all(b.start_s == a.start_s and a.backwards >= b.backwards for a, b in zip(half, fewer, strict=True))
 
 
 def test_scores_when_clauses_are_missing_or_made_up_then_less():
