@@ -106,9 +106,10 @@ def window_truth(
     told = [e for plan in plans for e in plan.events] + list(background_events)
     told = sorted((e for e in told if start_s <= e.t_s < stop_s), key=_in_order)
     inside = tuple(e for e in told if inner[0] <= e.t_s <= inner[1])
+    outside = tuple(e for e in told if not inner[0] <= e.t_s <= inner[1])
     facts = [f for plan in plans if (f := _object_facts(plan, *inner)) is not None]
     facts.sort(key=lambda f: (f.events[0].t_s if f.appears else -1.0, f.x, f.object_id))
-    return WindowTruth(start_s, stop_s, tuple(facts), inside, tuple(e for e in told if e not in inside))
+    return WindowTruth(start_s, stop_s, tuple(facts), inside, outside)
 
 
 def _in_order(event: Event) -> tuple[float, int]:
