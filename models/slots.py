@@ -6,6 +6,7 @@ prompt nor another row's end moves anything that an answer looks at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .storm import StormForConditionalGeneration
 
 ALIGN_TOKENS = 16  # float32 numbers in the widest vector, AVX-512
 ROOM_TOKENS = 64  # in whole such steps the rows grow
+KEPT_BYTES = 64 << 20  # of rows that are all free: to ask for fresh memory takes as long as a token
 
 
 class Slots:
@@ -62,11 +64,16 @@ class Slots:
         self._used[row] = True
 
     def release(self, row: int) -> None:
-        """Give a row back; with the last one the memory goes."""
+        """Give a row back; with the last one the memory goes, unless there is little of it."""
         self._used[row] = False
         self._places.lengths[row] = 0
-        if not any(self._used):
+        if not any(self._used) and self._n_bytes() > KEPT_BYTES:
             self._cache = None
+
+    def _n_bytes(self) -> float:
+        if self.n_rows == 1 or self._cache is None:  # a prompt's own cache is never used again
+            return math.inf
+        return sum(layer.n_bytes for layer in self._cache.layers)
 
     def step(self, last: Sequence[int]) -> Tensor:
         """Take each row's newest token (any number for a free row) and return the logits (n_rows, vocab) after it."""
@@ -131,6 +138,10 @@ class _SlotLayer(DynamicLayer):
         self._value_room[places.rows, :, places.lengths] = value_states[:, :, 0]
         seen, width = places.n_seen, places.width
         return self._key_room[:seen, :, :width], self._value_room[:seen, :, :width]
+
+    @property
+    def n_bytes(self) -> int:
+        return self._key_room.nbytes + self._value_room.nbytes
 
     def get_seq_length(self) -> int:
         return self._places.width - 1  # with the token of this step all columns may be looked at; the mask says which

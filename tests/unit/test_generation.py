@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from stormline.models import generation
+from stormline.models import generation, slots
 from stormline.models.generation import (
     FIXED_BATCH,
+    AnswerWriter,
     check_prompt,
     generate_answers,
     stream_answer,
@@ -139,6 +140,25 @@ def test_generate_when_the_video_was_read_before_then_the_answer_is_the_same(loa
     assert (prefixes.misses, prefixes.hits) == (2, 4)
     generate_answers(loaded.model, loaded.processor, [prompts[0], make_prompt(3, video=4)], prefixes=prefixes)
     assert (prefixes.misses, prefixes.hits) == (3, 5)
+
+
+@pytest.mark.parametrize("kept_bytes", [64 << 20, 0])
+def test_writer_when_all_rows_were_free_then_the_next_answer_is_as_from_a_new_one(loaded, monkeypatch, kept_bytes):
+    monkeypatch.setattr(slots, "KEPT_BYTES", kept_bytes)
+    writer = AnswerWriter(loaded.model, loaded.processor, prefixes=PrefixCache(0))
+    rooms = []
+
+    def write(prompt: VideoPrompt) -> str:
+        pending = writer.make(prompt, check_prompt(loaded.model, loaded.processor, prompt))
+        writer.begin(pending)
+        while writer.busy:
+            writer.step()
+        rooms.append(writer._slots._cache)
+        return pending.answer().text
+
+    prompts = [make_prompt(n, n, max_new_tokens=12) for n in (12, 2, 5)]
+    assert [write(prompt) for prompt in prompts] == [answer(loaded, prompt).text for prompt in prompts]
+    assert all(room is (rooms[0] if kept_bytes else None) for room in rooms)
 
 
 def test_prefix_cache_when_full_then_the_one_not_used_for_longest_leaves(loaded):
