@@ -24,6 +24,7 @@ from .feature_cache import FeatureCache
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
 from .packing import TextBatch, TextPacker, collate, look_back_at_most, look_within_frames
 from .pairs import PairClip, read_pairs, split_pairs
+from .plain_attention import plain_attention
 from .questions import Question, ask
 from .recipe import Recipe, Stage
 from .token_cache import TokenCache, encode_clips, fill_cache
@@ -181,7 +182,11 @@ class TextTask(Task):
 
     def attention(self) -> AbstractContextManager[Any]:
         """See `Task.attention`: on CPUs the fused kernel's backward pass is slower than plain products."""
-        return sdpa_kernel(SDPBackend.MATH) if self.model.device.type == "cpu" else nullcontext()
+        if self.model.device.type != "cpu":
+            return nullcontext()
+        if self.stage.bfloat16 and self.model.config.imported is None:
+            return plain_attention(self.model.language_model)
+        return sdpa_kernel(SDPBackend.MATH)
 
     def draw(self, step: int, held_out: bool = False) -> tuple[TextBatch, Tensor]:
         """Return a step's texts and the video tokens for their placeholders, (n, d_model)."""

@@ -8,11 +8,14 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from small_sources import TINY_SIZES
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stormline.models.loading import load_model
 from stormline.models.training.pairs import read_pairs, split_pairs
+from stormline.models.training.plain_attention import PLAIN_ATTENTION
 from stormline.models.training.recipe import load_recipe, recipe_from_dict
 from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, learning_rate_at
@@ -107,6 +110,25 @@ def test_windows_when_drawn_for_a_kind_then_nearly_all_are_asked_it(tmp_path):
 
     assert asked["sought"] >= 30  # of 36
     assert asked["as they come"] < 18
+
+
+def test_text_loss_when_attention_is_plain_then_gradients_are_those_of_torchs_own(tmp_path):
+    trainer = Trainer(recipe([STAGES[2] | {"batch": 3, "bfloat16": True, "worlds": {"shapes": 1.0}}]), tmp_path)
+    model = trainer.model
+    task = build_task(trainer.recipe.stages[0], 0, trainer.recipe, model, trainer.processor)
+    own = model.language_model.config._attn_implementation
+    gradients = {}
+    for name, attention in (("plain", task.attention), ("own", lambda: sdpa_kernel(SDPBackend.MATH))):
+        model.zero_grad()
+        with attention():
+            used = model.language_model.config._attn_implementation
+            task.loss(0)[0].backward()
+        assert (used == PLAIN_ATTENTION) == (name == "plain")
+        found = [p.grad.flatten() for n, p in model.language_model.named_parameters() if "_proj" in n]
+        gradients[name] = torch.cat(found)
+
+    assert model.language_model.config._attn_implementation == own
+    assert F.cosine_similarity(gradients["plain"], gradients["own"], dim=0) > 0.999  # in bfloat16
 
 
 def test_trainer_when_stage_trains_one_part_then_others_stay(trained, tmp_path):
