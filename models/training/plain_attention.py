@@ -21,7 +21,7 @@ PLAIN_ATTENTION = "stormline_plain"
 @contextmanager
 def plain_attention(language_model: PreTrainedModel) -> Iterator[None]:
     """Have a language model attend with plain products within the block."""
-    own = language_model.config._attn_implementation
+    own: Any = language_model.config._attn_implementation
     language_model.set_attn_implementation(PLAIN_ATTENTION)
     try:
         yield
