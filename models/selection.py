@@ -167,8 +167,21 @@ def pool_tokens(tokens: np.ndarray, n_tokens: int) -> np.ndarray:
     """
     if n_tokens >= tokens.shape[0]:
         return tokens
-    runs = np.array_split(tokens.astype(np.float32), n_tokens)
-    return np.stack([run.mean(axis=0) for run in runs]).astype(tokens.dtype)
+    return _pool_runs(tokens, _run_starts(tokens.shape[0], n_tokens))
+
+
+def _run_starts(n: int, n_runs: int) -> np.ndarray:
+    """Return where each of so many runs over n begins, the first of them one longer where they cannot be equal."""
+    length, longer = divmod(n, n_runs)
+    run = np.arange(n_runs)
+    return run * length + np.minimum(run, longer)
+
+
+def _pool_runs(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Average (n, d_model) over runs that begin at `starts` and end at the next: one call, whatever their number."""
+    lengths = np.diff(starts, append=len(tokens)).astype(np.float32)
+    sums = np.add.reduceat(tokens, starts, axis=0, dtype=np.float32)
+    return (sums / lengths[:, None]).astype(tokens.dtype)
 
 
 def _select_best(
@@ -241,17 +254,22 @@ def _pool_chunks(chunks: Sequence[VideoChunk], budget_tokens: int) -> list[Video
     edges = np.linspace(0, len(chunks), n_groups + 1).astype(int)
     groups = [chunks[a:b] for a, b in pairwise(edges)]
     share, extra = divmod(budget_tokens, n_groups)
-    # What does not divide goes to the newest groups.
-    return [_join(group, share + (i >= n_groups - extra)) for i, group in enumerate(groups)]
-
-
-def _join(group: Sequence[VideoChunk], n_tokens: int) -> VideoChunk:
-    tokens = np.concatenate([chunk.tokens for chunk in group])
-    return VideoChunk(group[0].start_s, max(chunk.end_s for chunk in group), pool_tokens(tokens, n_tokens))
+    n_before, starts = 0, []
+    for i, group in enumerate(groups):
+        n = sum(chunk.n_tokens for chunk in group)
+        # What does not divide goes to the newest groups.
+        starts.append(n_before + _run_starts(n, min(n, share + (i >= n_groups - extra))))
+        n_before += n
+    pooled = _pool_runs(np.concatenate([chunk.tokens for chunk in chunks]), np.concatenate(starts))
+    parts = np.split(pooled, np.cumsum([len(each) for each in starts])[:-1])
+    return [
+        VideoChunk(group[0].start_s, max(chunk.end_s for chunk in group), part)
+        for group, part in zip(groups, parts, strict=True)
+    ]
 
 
 def _pooled(chunk: VideoChunk, n_tokens: int) -> VideoChunk:
-    return _join([chunk], n_tokens)
+    return VideoChunk(chunk.start_s, chunk.end_s, pool_tokens(chunk.tokens, n_tokens))
 
 
 def _check_chunks(chunks: Sequence[VideoChunk]) -> None:
