@@ -61,7 +61,7 @@ def card_text(training: Mapping[str, Any], log: Sequence[Mapping[str, Any]], eva
             *stages,
             "",
             "The data are clips of `models/training/shapes.py` at 2 frames a second, drawn as they are needed. A clip",
-            "is a function of its number; training uses seeds below 2^40, evaluation those from there on. Half of the",
+            "is a function of its number; training uses seeds below 2^40, evaluation those from there on. Some of the",
             "clips are played backwards; a question that needs the order of events has the other answer then.",
             "Everything that decides the training is in `training.json`.",
             "",
