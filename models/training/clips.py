@@ -49,6 +49,10 @@ class Clip:
             first, stop = self.n_frames - stop, self.n_frames - first
         return WindowView(self.world, self.start_s + first / FPS, self.start_s + stop / FPS)
 
+    def plan(self) -> None:
+        """Work out what happens in it, so that nothing is left to work out as windows are asked about."""
+        _ = self.window(0, self.n_frames).full
+
     def times_s(self) -> np.ndarray:
         """Return the frames' times in the world, as played: (n_frames,)."""
         times = self.start_s + np.arange(self.n_frames) / FPS
