@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Nothing that is freed goes back to the system, and large pages are asked for: a page that comes again is cleared again.
+# What is freed stays with the process, in large pages: what goes back to the system comes again page by page, cleared.
 JEMALLOC = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,thp:always"
 
 
