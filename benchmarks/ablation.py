@@ -3,8 +3,9 @@
     python benchmarks/ablation.py --out /tmp/ablation [--variants full,still] [--scale 1]
 
 Every variant takes the vision tower of the model that stormline ships, frozen, and learns everything else from
-nothing: first the projector and the temporal encoder (motion at each place), then the language model (questions and
-captions). Then it is measured on the same held-out clips:
+nothing: the projector and the temporal encoder (motion at each place), then these and the language model together
+(questions and captions about up to 16 s), then the language model alone about up to a minute under a budget of tokens.
+Then it is measured on the same held-out clips:
 
     full           one direction, 4 frames pooled into one
     still          without the temporal encoder
@@ -13,7 +14,8 @@ captions). Then it is measured on the same held-out clips:
     pooled-2x2     with 2 x 2 places pooled into one as well: a quarter of the tokens
 
 and `full` and `still` again with every other chunk left out when they answer (STORM's test-time sampling), and
-`unpooled` under the number of tokens that `full` has.
+`unpooled` under the number of tokens that `full` has. A variant takes half an hour on 2 cores, `unpooled` twice that;
+those that were measured before with the same stages stay in the results.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from stormline.models.loading import DEFAULT_FOLDER, load_model
 from stormline.models.training.evaluate import evaluate
 from stormline.models.training.questions import KINDS, ORDER_NEEDED
 from stormline.models.training.recipe import Recipe, recipe_from_dict
-from stormline.models.training.trainer import Trainer
+from stormline.models.training.trainer import Trainer, TrainProgress
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 LENGTHS = (8, 32, 128)
@@ -45,45 +47,89 @@ VARIANTS = {
 }
 
 
+LONGEST_TOKENS = TOKENS_PER_CHUNK * 32  # to an answer, of any variant
+TEXT = {
+    "task": "text",
+    "optimizer": "muon",
+    "batch": 16,
+    "weights": {"caption": 3, "objects": 3, "first change": 4, "actions": 2, "after": 2, "colour change": 2},
+    "seek": {"caption": 4, "first change": 4, "alert": 2, "needle first": 1, "needle count": 1},
+    "worlds": {"shapes": 0.8, "needles": 0.2},
+    "backwards": 0.4,
+    "bfloat16": True,
+}
+STAGES = [
+    {
+        "name": "motion",
+        "task": "motions",
+        "optimizer": "muon",
+        "steps": 400,
+        "batch": 8,
+        "clip_frames": 16,
+        "learning_rate": 4.0e-3,
+        "warmup_steps": 50,
+        "bfloat16": True,
+    },
+    {
+        **TEXT,
+        "name": "together",
+        "steps": 1500,
+        "clip_frames": 32,
+        "window_chunks": [2, 4, 5, 8],
+        "learning_rate": 3.0e-3,
+        "warmup_steps": 100,
+        "cached_streams": 6000,
+    },
+    {
+        **TEXT,
+        "name": "long",
+        "train": ["language_model"],
+        "steps": 400,
+        "clip_frames": 128,
+        "window_chunks": [2, 5, 8, 16, 32, 32],
+        "budget_tokens": [LONGEST_TOKENS] * 6,
+        "token_policy": "uniform",
+        "learning_rate": 2.0e-3,
+        "warmup_steps": 30,
+        "cached_streams": 600,
+    },
+]
+
+
 def recipe_of(variant: str, scale: float) -> Recipe:
     aligned = ["multi_modal_projector"] if variant == "still" else ["multi_modal_projector", "temporal_encoder"]
-    stages = [
-        {
-            "name": "motion",
-            "task": "motions",
-            "train": aligned,
-            "optimizer": "muon",
-            "steps": 500,
-            "batch": 8,
-            "clip_frames": 16,
-            "learning_rate": 4.0e-3,
-            "warmup_steps": 50,
-        },
-        {
-            "name": "language",
-            "task": "text",
-            "train": ["language_model"],
-            "optimizer": "muon",
-            "steps": 900,
-            "batch": 16,
-            "clip_frames": 64,
-            "window_chunks": [2, 2, 4, 8],
-            "weights": {"when": 0, "objects": 0},
-            "learning_rate": 4.0e-3,
-            "warmup_steps": 100,
-            "cached_streams": 400,
-            "bfloat16": True,
-        },
-    ]
+    trained = {"motion": aligned, "together": [*aligned, "language_model"], "long": ["language_model"]}
     values = {
         "name": variant,
         "seed": 1,
         "vision_from": str(DEFAULT_FOLDER),
         "model": VARIANTS[variant],
-        "stages": stages,
+        "stages": [{**stage, "train": trained[str(stage["name"])]} for stage in STAGES],
     }
     recipe = recipe_from_dict(values)
     return recipe if scale == 1.0 else recipe.scaled(scale)
+
+
+def train(variant: str, scale: float, out: Path) -> tuple[Path, int]:
+    """Return the trained model's folder and the seconds that it took."""
+    # What the tower sees of the clips is the same for all variants: seen once.
+    (out / variant / "cache").mkdir(parents=True, exist_ok=True)
+    (out / "seen").mkdir(exist_ok=True)
+    shared = out / variant / "cache" / "together"
+    if not shared.is_symlink():
+        shared.symlink_to((out / "seen").resolve())
+    began_s = time.monotonic()
+    shown_s = 0.0
+
+    def show(p: TrainProgress) -> None:
+        nonlocal shown_s
+        if time.monotonic() - shown_s > 30:
+            shown_s = time.monotonic()
+            print(f"{variant} {p.stage} {p.step}/{p.n_steps} {p.accuracy['all']:.1%} {p.note}", flush=True)
+
+    folder = Trainer(recipe_of(variant, scale), out / variant, device="cpu").run(show)
+    assert folder is not None
+    return folder, round(time.monotonic() - began_s)
 
 
 def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens_per_chunk: int | None = None) -> dict:
@@ -93,7 +139,7 @@ def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens
     whole = loaded.model.config.n_tokens(size)
     told = {}
     for n_frames in LENGTHS:
-        budget = round((tokens_per_chunk or whole * keep) * n_frames / size)
+        budget = min(LONGEST_TOKENS, round((tokens_per_chunk or whole * keep) * n_frames / size))
         policy = "uniform" if budget < whole * n_frames / size else "recent"
         result = evaluate(
             loaded, lengths=(n_frames,), n_per_kind=n_per_kind, budget_tokens=max(1, budget), policy=policy
@@ -116,22 +162,22 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="times so many steps")
     parser.add_argument("--per-kind", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=RESULT, help="to add to, where the stages are the same")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    report = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__, "variants": {}}
+    stages = recipe_of("full", options.scale).to_dict()["stages"]
+    report = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "stages": json.loads(json.dumps(stages)),
+        "variants": {},
+    }
+    if options.json.is_file():
+        before = json.loads(options.json.read_text())
+        if before.get("stages") == report["stages"]:
+            report["variants"] = before["variants"]
     for variant in options.variants.split(","):
-        began_s = time.monotonic()
-        trainer = Trainer(recipe_of(variant, options.scale), options.out / variant, device="cpu")
-        shown = [0.0]
-
-        def show(p, shown=shown, variant=variant):
-            if time.monotonic() - shown[0] > 30:
-                shown[0] = time.monotonic()
-                print(f"{variant} {p.stage} {p.step}/{p.n_steps} loss {p.loss:.3f} {p.accuracy['all']:.1%}", flush=True)
-
-        folder = trainer.run(show)
-        assert folder is not None
-        seconds = round(time.monotonic() - began_s)
+        folder, seconds = train(variant, options.scale, options.out)
         measured = {variant: measure(folder, variant, options.per_kind)}
         if variant in ("full", "still"):
             label = f"{variant}, one in two"
@@ -141,9 +187,8 @@ def main() -> None:
             measured[label] = measure(folder, label, options.per_kind, tokens_per_chunk=TOKENS_PER_CHUNK)
         for label, lengths in measured.items():
             report["variants"][label] = {"train_seconds": seconds, "lengths": lengths}
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(report, indent=1) + "\n")
-    print(RESULT.read_text())
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(options.json.read_text())
 
 
 if __name__ == "__main__":

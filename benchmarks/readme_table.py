@@ -145,9 +145,10 @@ def of_ablation(d: dict[str, Any]) -> Rows:
         return sum(kinds[kind] for kind in MOTION_KINDS) / len(MOTION_KINDS)
 
     lengths = ("8", "32")
+    minutes = d["variants"]["full"]["train_seconds"] / 60
     yield (
-        f"questions about motion ({', '.join(MOTION_KINDS)}) at {' and '.join(lengths)} frames, after 15 minutes of "
-        "training: with the temporal encoder, and without it",
+        f"questions about motion ({', '.join(MOTION_KINDS)}) at {' and '.join(lengths)} frames, after "
+        f"{minutes:.0f} minutes of training: with the temporal encoder, and without it",
         "; ".join(f"{motion('full', n):.0%} and {motion('still', n):.0%}" for n in lengths),
         "20 points; over all kinds that need order "
         + "; ".join(f"{told['full'][n]['order']:.0%} and {told['still'][n]['order']:.0%}" for n in lengths),
