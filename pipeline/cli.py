@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ..operators.errors import SettingsError, StormlineError
-from .allocator import run_on_jemalloc
 from .commands.archive import archive
 from .commands.ask import ask
 from .commands.broker import broker
@@ -74,8 +73,6 @@ def stormline(
 
 def main() -> None:
     """Run the command; an error of ours is one message on standard error, exit status 2 for settings and else 1."""
-    if sys.argv[1:2] == ["train"]:
-        run_on_jemalloc()
     try:
         app()
     except StormlineError as e:
