@@ -34,7 +34,9 @@ def train(
 
     [bold]Examples[/]
 
-      stormline train                                     # the model that stormline ships, 3 to 5 hours on 2 cores
+      stormline train                                     # the model that stormline ships, 7 hours on 2 busy cores
+
+      stormline train shapes-two-hours                    # nearly the same in 2 hours
 
       stormline train --out /tmp/try --scale 0.01         # a hundredth of the steps: does it run?
 
