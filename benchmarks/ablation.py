@@ -14,8 +14,8 @@ Then it is measured on the same held-out clips:
     pooled-2x2     with 2 x 2 places pooled into one as well: a quarter of the tokens
 
 and `full` and `still` again with every other chunk left out when they answer (STORM's test-time sampling), and
-`unpooled` under the number of tokens that `full` has. A variant takes half an hour on 2 cores, `unpooled` twice that;
-those that were measured before with the same stages stay in the results.
+`unpooled` under the number of tokens that `full` has. Variants that were measured before with the same stages stay in
+the results.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ STAGES = [
     {
         **TEXT,
         "name": "long",
-        "train": ["language_model"],
         "steps": 400,
         "clip_frames": 128,
         "window_chunks": [2, 5, 8, 16, 32, 32],

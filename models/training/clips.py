@@ -13,7 +13,7 @@ import numpy as np
 
 from .questions import WindowView
 from .shapes import Event, ObjectState, ShapesSpec, ShapesWorld
-from .shapes_spec import COLOURS, DIRECTIONS, SHAPES, SIZES, STILL
+from .shapes_spec import BACKGROUND_CHANGES, COLOURS, DIRECTIONS, SHAPES, SIZES, STILL
 
 FPS = 2.0
 HELD_OUT_SEED = 1 << 40  # training worlds have seeds below, held-out ones from here on
@@ -22,7 +22,6 @@ WORLDS = ("shapes", "needles")
 MOTIONS = (STILL, *DIRECTIONS)
 SPEED_NAMES = (STILL, "slow", "fast")
 CHANGE_NAMES = ("appears", "leaves", "starts moving", "stops", "turns", "changes colour", "grows", "shrinks")
-BACKGROUND_CHANGES = "background changes"
 UNKNOWN = -100  # label of a place that says nothing; cross entropy ignores it
 RECENT_S = 1.5  # for how long a change is told at its place: three frames
 _SETTLED_S = 0.75  # after a change of motion, until two frames show the new one

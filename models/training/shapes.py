@@ -25,7 +25,7 @@ import numpy as np
 
 from .shapes_draw import draw_background, draw_object
 from .shapes_plan import plan_episode
-from .shapes_spec import BACKGROUNDS, EDGES, Event, Look, ObjectPlan, ObjectState, ShapesSpec
+from .shapes_spec import BACKGROUND_CHANGES, BACKGROUNDS, EDGES, Event, Look, ObjectPlan, ObjectState, ShapesSpec
 from .shapes_truth import MARGIN_S, ObjectFacts, WindowTruth, window_truth
 
 __all__ = [
@@ -160,7 +160,7 @@ class ShapesWorld:
         first, last = self._episodes_of(np.array([start_s, min(stop_s, _WORLD_END_S - 1.0)])).tolist()
         plans = [plan for episode in range(first, last + 1) for plan in self._episode(episode)]
         changes = [
-            Event(round(episode * self.spec.episode_s, 3), "background changes", -1, None)
+            Event(round(episode * self.spec.episode_s, 3), BACKGROUND_CHANGES, -1, None)
             for episode in range(max(first, 1), last + 1)
             if self._scene_of(episode) != self._scene_of(episode - 1)
         ]

@@ -40,6 +40,7 @@ STILL = "still"
 SPEEDS = {"slow": (0.07, 0.09), "fast": (0.18, 0.22)}  # widths a second: 5 and 13 px a second at 64 px
 BACKGROUNDS = ("plain", "gradient", "texture", "checker", "mixed")
 EDGES = ("leave", "stay", "bounce", "wrap")
+BACKGROUND_CHANGES = "background changes"
 KINDS = (
     "appears",
     "leaves",
@@ -49,7 +50,7 @@ KINDS = (
     "changes colour",
     "grows",
     "shrinks",
-    "background changes",
+    BACKGROUND_CHANGES,
 )
 
 MIN_PHASE_S = 1.5  # between two things that one object does: three frames at 2 fps
@@ -155,7 +156,7 @@ class Event:
     @property
     def text(self) -> str:
         """Return it as a sentence without a full stop."""
-        if self.kind == "background changes":
+        if self.kind == BACKGROUND_CHANGES:
             return "the background changes"
         if self.kind == "appears":
             motion = "and stays still" if self.after == STILL else f"and moves {self.after}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .shapes_spec import STILL, Event, Look, ObjectPlan, changed_look, changed_motion
+from .shapes_spec import BACKGROUND_CHANGES, STILL, Event, Look, ObjectPlan, changed_look, changed_motion
 
 MARGIN_S = 1.0  # two sampled frames at 2 fps
 
@@ -68,7 +68,7 @@ class WindowTruth:
     def caption(self) -> str:
         """Return one sentence for the window, the same for the same truth: objects in order, joined with "; "."""
         clauses = [facts.clause for facts in self.objects] or ["nothing is there"]
-        if any(e.kind == "background changes" for e in self.events):
+        if any(e.kind == BACKGROUND_CHANGES for e in self.events):
             clauses.append("the background changes")
         return "; ".join(clauses)
 

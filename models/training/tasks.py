@@ -158,19 +158,18 @@ class TextTask(Task):
         if self.stage.cached_streams:
             self.model.eval()
             worlds = dict(self.stage.worlds)
-            drawn = (self.stage.clip_frames, self.stage.data or worlds, self.stage.backwards)
+            low = self.stage.bfloat16
+            drawn = (self.stage.clip_frames, self.stage.data or worlds, self.stage.backwards, low)
             key = f"{self.seed} {self.stage_index} {drawn}"
             n = self.stage.cached_streams
             drawn_once = partial(self._make_clip, held_out=False)  # a clip that was drawn holds megabytes
             if self.stage.keeps_tokens:
                 self._cache = fill_cache(folder, self.model, self.processor, n, drawn_once, key, on_clips=on_clips)
             else:
-                low = self.stage.bfloat16
                 with _autocast(self.model.device, low):
-                    features = FeatureCache(folder, self.model, self.processor, f"{key}{' bfloat16' if low else ''}")
+                    features = FeatureCache(folder, self.model, self.processor, key)
                     self._cache = features.fill(n, drawn_once, on_clips)
-            if self.stage.data is None:
-                self._plan(n, on_clips)
+            self._plan(n, on_clips)
 
     def _plan(self, n_clips: int, on_clips: Callable[[int], None]) -> None:
         """Work out what happens in the clips, before the first step.
@@ -307,6 +306,9 @@ class PairsTask(TextTask):
         turn, place = divmod(index, len(pairs))  # every pair once before any comes again
         order = np.random.default_rng([self.seed, turn]).permutation(len(pairs))
         return PairClip(pairs[order[place]], self.stage.clip_frames, self.model.config.image_size)
+
+    def _plan(self, n_clips: int, on_clips: Callable[[int], None]) -> None:
+        """Nothing: the texts say what happens."""
 
     def _draw_length(self, rng: np.random.Generator) -> tuple[int, int]:
         return self.stage.clip_frames // self.model.config.chunk_frames, max(self.stage.budget_tokens, default=0)

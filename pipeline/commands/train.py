@@ -36,7 +36,7 @@ def train(
 
       stormline train                                     # the model that stormline ships, 7 hours on 2 busy cores
 
-      stormline train shapes-two-hours                    # nearly the same in 2 hours
+      stormline train shapes-two-hours                    # less good, in 2 to 2½ hours: to try changes with
 
       stormline train --out /tmp/try --scale 0.01         # a hundredth of the steps: does it run?
 
