@@ -18,7 +18,13 @@ from .stop_signals import keep_signal_handlers
 # What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
 # of a CPU are more than it expects on a small machine.
 RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
-PROXY_START_S = 60.0
+# Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports. And of
+# an answer's way from process to process, a fifth is saved where none goes through the object store or another thread.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 # Two processes that an embedded Ray has no use for: one starts machines, the other prints what workers log.
 NO_USE = {"no_monitor": True, "include_log_monitor": False}
@@ -30,8 +36,8 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
     if "ray" not in sys.modules:  # which reads these once
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
-    # Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return

@@ -204,15 +204,26 @@ class _Deployment:
         return {**vars(self), "_handle": None}
 
 
-class _Llm(_Deployment):
+class _DirectDeployment(_Deployment):
+    """One that is called in an event loop alone: past Ray's object store and past Serve's own thread, which cost."""
+
+    def _deployment(self) -> Any:
+        if self._handle is None:
+            handle: Any = serve.get_deployment_handle(self._NAME, self._APP)
+            handle._init(_run_router_in_separate_loop=False)
+            self._handle = handle.options(_by_reference=False)
+        return self._handle
+
+
+class _Llm:
     _NAME, _APP = "VideoLLM", LLM_APP
 
 
-class _Store(_Deployment):
+class _Store:
     _NAME, _APP = "TokenStore", STORE_APP
 
 
-class LlmClient(_Llm):
+class LlmClient(_Llm, _Deployment):
     """Ask the LLM deployment for a lane.
 
     Retries when a replica dies or an answer takes too long; then raises, so that the lane restarts rather than
@@ -245,7 +256,7 @@ class LlmClient(_Llm):
         ) from last
 
 
-class StoreClient(_Store):
+class StoreClient(_Store, _Deployment):
     """Push chunks, and what else is new, to the token store without waiting.
 
     The store is a cache of what the tokens table holds, so a push that fails is logged and not repeated.
@@ -256,7 +267,7 @@ class StoreClient(_Store):
         self._connect().push.remote(news)
 
 
-class LlmReader(_Llm):
+class LlmReader(_Llm, _DirectDeployment):
     """Ask the LLM deployment for people who wait: one attempt."""
 
     async def describe(self) -> ModelDescription:
@@ -285,7 +296,7 @@ class LlmReader(_Llm):
             yield piece
 
 
-class StoreReader(_Store):
+class StoreReader(_Store, _DirectDeployment):
     """Ask the token store for what it holds."""
 
     async def held(self, stream_id: str) -> HeldStream | None:

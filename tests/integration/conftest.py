@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stormline.infra.broker import EmbeddedBroker
-from stormline.pipeline.embedded_ray import PROXY_START_S
+from stormline.pipeline.embedded_ray import SERVE_ENVIRONMENT
 
 HOLD_S = 30  # of an answer that is held back
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -34,8 +34,9 @@ def ray_session() -> Iterator[str]:
     """Yield the address of a local Ray that lives as long as the test session."""
     import ray
 
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_START_S))
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in SERVE_ENVIRONMENT.items():
+            patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(PLUGINS), prepend=os.pathsep)  # its processes die of certain records
         context = ray.init(
             address="local",
