@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from ..operators.errors import SettingsError, StormlineError
@@ -48,7 +48,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
             more["setup_worker_path"] = stack.enter_context(fork_server())
         import ray
 
-        with keep_signal_handlers(), _parameters(more):
+        with keep_signal_handlers(), _lean_ray(more) if own else nullcontext():
             _init_ray(settings, tell)
         stack.callback(ray.shutdown)
         if own:
@@ -57,22 +57,31 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
 
 
 @contextmanager
-def _parameters(more: dict[str, Any]) -> Iterator[None]:
-    """Have a Ray that is started within the block take parameters that `ray.init` has none for."""
-    from ray._private import parameter
+def _lean_ray(more: dict[str, Any]) -> Iterator[None]:
+    """Have a Ray that is started within the block take parameters that `ray.init` has none for, and no dashboard.
+
+    With `include_dashboard=False`, too, Ray starts the dashboard's process, without its pages, and waits for it.
+    """
+    from ray._private import node, parameter
 
     plain: Any = parameter.RayParams
+    start_api_server = node.Node.start_api_server
 
     class Parameters(plain):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **{**kwargs, **more})
 
+    def start_nothing(self: node.Node, **_: Any) -> None:
+        pass
+
     own: Any = parameter
     own.RayParams = Parameters
+    node.Node.start_api_server = start_nothing
     try:
         yield
     finally:
         own.RayParams = plain
+        node.Node.start_api_server = start_api_server
 
 
 def may_fork(settings: Settings) -> bool:
@@ -93,8 +102,12 @@ def _init_ray(settings: Settings, tell: Callable[[str], None]) -> None:
             "object_store_memory": settings.ray.object_store_bytes,
             "include_dashboard": False,
             "address": "local",
-            # Ray's history of tasks would grow to hundreds of MB before it forgets the first of a lane's calls.
-            "_system_config": {"task_events_max_num_task_in_gcs": 2000},
+            "_system_config": {
+                # Ray's history of tasks would grow to hundreds of MB before it forgets the first of a lane's calls.
+                "task_events_max_num_task_in_gcs": 2000,
+                # Else it waits for workers that nobody has asked for, while there is much to import here as well.
+                "prestart_worker_first_driver": False,
+            },
         }
     else:
         options["address"] = settings.ray.address
