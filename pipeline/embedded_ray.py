@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..operators.errors import SettingsError, StormlineError
@@ -18,8 +18,8 @@ from .stop_signals import keep_signal_handlers
 # What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
 # of a CPU are more than it expects on a small machine.
 RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
-# Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports. And of
-# an answer's way from process to process, a fifth is saved where none goes through the object store or another thread.
+# Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports. The
+# others spare an answer Ray's object store between proxy and front, and in each replica another thread.
 SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
@@ -48,7 +48,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
             more["setup_worker_path"] = stack.enter_context(fork_server())
         import ray
 
-        with keep_signal_handlers(), _lean_ray(more) if own else nullcontext():
+        with keep_signal_handlers(), _lean_ray(more):
             _init_ray(settings, tell)
         stack.callback(ray.shutdown)
         if own:

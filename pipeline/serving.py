@@ -180,13 +180,18 @@ class _Deployment:
 
     _NAME: str
     _APP: str
+    _DIRECT = False  # called in an event loop alone: past Ray's object store and past Serve's own thread, which cost
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def _deployment(self) -> Any:
         if self._handle is None:
-            self._handle = serve.get_deployment_handle(self._NAME, self._APP)
+            handle: Any = serve.get_deployment_handle(self._NAME, self._APP)
+            if self._DIRECT:
+                handle._init(_run_router_in_separate_loop=False)
+                handle = handle.options(_by_reference=False)
+            self._handle = handle
         return self._handle
 
     def _connect(self) -> Any:
@@ -204,26 +209,15 @@ class _Deployment:
         return {**vars(self), "_handle": None}
 
 
-class _DirectDeployment(_Deployment):
-    """One that is called in an event loop alone: past Ray's object store and past Serve's own thread, which cost."""
-
-    def _deployment(self) -> Any:
-        if self._handle is None:
-            handle: Any = serve.get_deployment_handle(self._NAME, self._APP)
-            handle._init(_run_router_in_separate_loop=False)
-            self._handle = handle.options(_by_reference=False)
-        return self._handle
-
-
-class _Llm:
+class _Llm(_Deployment):
     _NAME, _APP = "VideoLLM", LLM_APP
 
 
-class _Store:
+class _Store(_Deployment):
     _NAME, _APP = "TokenStore", STORE_APP
 
 
-class LlmClient(_Llm, _Deployment):
+class LlmClient(_Llm):
     """Ask the LLM deployment for a lane.
 
     Retries when a replica dies or an answer takes too long; then raises, so that the lane restarts rather than
@@ -256,7 +250,7 @@ class LlmClient(_Llm, _Deployment):
         ) from last
 
 
-class StoreClient(_Store, _Deployment):
+class StoreClient(_Store):
     """Push chunks, and what else is new, to the token store without waiting.
 
     The store is a cache of what the tokens table holds, so a push that fails is logged and not repeated.
@@ -267,8 +261,10 @@ class StoreClient(_Store, _Deployment):
         self._connect().push.remote(news)
 
 
-class LlmReader(_Llm, _DirectDeployment):
+class LlmReader(_Llm):
     """Ask the LLM deployment for people who wait: one attempt."""
+
+    _DIRECT = True
 
     async def describe(self) -> ModelDescription:
         """Return what the model is."""
@@ -296,8 +292,10 @@ class LlmReader(_Llm, _DirectDeployment):
             yield piece
 
 
-class StoreReader(_Store, _DirectDeployment):
+class StoreReader(_Store):
     """Ask the token store for what it holds."""
+
+    _DIRECT = True
 
     async def held(self, stream_id: str) -> HeldStream | None:
         """Return what is held of a stream, without the tokens."""
