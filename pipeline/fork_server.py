@@ -78,6 +78,7 @@ RAY_MODULES = (
     f"{PACKAGE}.pipeline.token_store",
     f"{PACKAGE}.pipeline.video_llm",
 )
+_running: set[tuple[str, ...]] = set()  # the modules of the servers of this process
 HARMLESS_THREADS = ("jemalloc_bg_thd",)  # Arrow's; it is made anew in a copy
 
 
@@ -95,7 +96,7 @@ def fork_server(modules: Sequence[str] = MODULES) -> Iterator[str]:
     """Run a fork server for an embedded Ray that is started within the block.
 
     The server imports while Ray starts; its workers wait for it. It ends with the block, or with this process; the
-    workers are Ray's to end.
+    workers are Ray's to end. Within the block of another of the same modules that one serves.
 
     Args:
         modules: What it imports, as far as it is there.
@@ -103,13 +104,31 @@ def fork_server(modules: Sequence[str] = MODULES) -> Iterator[str]:
     Yields:
         The file by which Ray is to start its workers, its parameter `setup_worker_path`.
     """
+    if tuple(modules) in _running:
+        yield str(WORKER_FILE)
+        return
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormline-", ignore_cleanup_errors=True))
         address = os.path.join(folder, "fork")
         stack.callback(_end, _start(address, modules))
         os.environ[ADDRESS] = address
         stack.callback(os.environ.pop, ADDRESS)
+        _running.add(tuple(modules))
+        stack.callback(_running.remove, tuple(modules))
         yield str(WORKER_FILE)
+
+
+@contextmanager
+def fork_server_ahead() -> Iterator[ExitStack]:
+    """Run a fork server from before it is known whether it is wanted: its imports are what a start waits for most.
+
+    Yields:
+        What to close where it is not wanted; the end of the block closes it, too.
+    """
+    with ExitStack() as ahead:
+        if sys.platform == "linux" and "ray" not in sys.modules:  # else this is part of a program that has a Ray
+            ahead.enter_context(fork_server())
+        yield ahead
 
 
 def _start(address: str, modules: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -155,9 +174,11 @@ def main() -> None:
 
 def import_all(modules: Sequence[str]) -> None:
     """Import what workers need, as far as it is there."""
+    gc.disable()  # what is imported stays: to look for garbage among it takes a fifth of the time
     for name in modules:
         with suppress(ImportError):
             importlib.import_module(name)
+    gc.enable()
     gc.collect()
     gc.freeze()  # else the first collection in each copy would write to all that is shared
 

@@ -103,12 +103,15 @@ class _Demo:
 
     def run(self) -> None:
         """Run it to its end or to Ctrl-C, and say what there is now."""
-        from ...infra.broker import EmbeddedBroker
-        from ..stop_signals import on_stop_signal
-        from ..supervisor import Supervisor
+        from ..fork_server import fork_server_ahead
 
-        self._progress.phase("starting the embedded broker")
         with contextlib.ExitStack() as stack:
+            stack.enter_context(fork_server_ahead())  # it imports while we do
+            from ...infra.broker import EmbeddedBroker
+            from ..stop_signals import on_stop_signal
+            from ..supervisor import Supervisor
+
+            self._progress.phase("starting the embedded broker")
             broker = stack.enter_context(EmbeddedBroker())
             broker.create_topic(DEMO_TOPIC, partitions=max(2, self._lanes))
             supervisor = Supervisor(

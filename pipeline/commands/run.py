@@ -59,28 +59,34 @@ def run(
     import yaml
     from rich.console import Console
 
-    from ..front.address import check_port
-    from ..progress import PlainProgress
-    from ..settings import load_settings, masked
-    from ..stop_signals import on_stop_signal
-    from ..supervisor import Supervisor
+    from ..fork_server import fork_server_ahead
 
-    wanted = [] if serve is None else [f"serve.enabled={str(serve).lower()}"]
-    settings = load_settings(settings_path, [*(overrides or []), *wanted])
-    if show:
-        typer.echo(yaml.safe_dump(masked(settings), sort_keys=False))
-        return
-    if settings.serve.enabled:
-        check_port(settings.serve)
-    console = Console(highlight=False)
-    progress = PlainProgress(console, captions=captions)
-    supervisor = Supervisor(settings, on_phase=progress.phase)
-    with on_stop_signal(supervisor.request_stop, progress.phase):
-        status = supervisor.run(
-            until_idle_s=until_idle_s,
-            on_status=progress.status,
-            on_ready=lambda: progress.phase(_ready_line(settings.serve)),
-        )
+    with fork_server_ahead() as ahead:  # it imports while we do
+        from ..embedded_ray import may_fork
+        from ..front.address import check_port
+        from ..progress import PlainProgress
+        from ..settings import load_settings, masked
+        from ..stop_signals import on_stop_signal
+        from ..supervisor import Supervisor
+
+        wanted = [] if serve is None else [f"serve.enabled={str(serve).lower()}"]
+        settings = load_settings(settings_path, [*(overrides or []), *wanted])
+        if show:
+            typer.echo(yaml.safe_dump(masked(settings), sort_keys=False))
+            return
+        if not may_fork(settings):
+            ahead.close()
+        if settings.serve.enabled:
+            check_port(settings.serve)
+        console = Console(highlight=False)
+        progress = PlainProgress(console, captions=captions)
+        supervisor = Supervisor(settings, on_phase=progress.phase)
+        with on_stop_signal(supervisor.request_stop, progress.phase):
+            status = supervisor.run(
+                until_idle_s=until_idle_s,
+                on_status=progress.status,
+                on_ready=lambda: progress.phase(_ready_line(settings.serve)),
+            )
     _print_end(console, status, settings.output.path)
 
 

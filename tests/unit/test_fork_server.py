@@ -1,11 +1,13 @@
 """Workers are copies of one process; where that cannot be, they start as Ray starts them."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from stormline.pipeline.fork_server import WORKER_FILE
+from stormline.pipeline.fork_server import WORKER_FILE, fork_server_ahead
+from stormline.pipeline.fork_worker import ADDRESS
 
 RUN = """
 import subprocess, sys
@@ -20,6 +22,30 @@ import os, sys
 own_group = os.getpgid(0) == os.getpid()
 assert ("ray" in sys.modules) == ("RAY_JOB_ID" in os.environ)
 print("{way}", sys.argv[1:], "loaded" in sys.modules, os.environ["MINE"], os.getcwd(), own_group, __name__)
+"""
+NESTED = """
+import os, socket
+from stormline.pipeline.fork_server import fork_server
+from stormline.pipeline.fork_worker import ADDRESS
+
+with fork_server(["json"]):
+    outer = os.environ[ADDRESS]
+    with fork_server(["json"]):
+        print("same" if os.environ[ADDRESS] == outer else "another")
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(os.environ[ADDRESS])
+        print("alive")
+print("left" if ADDRESS in os.environ or os.path.exists(outer) else "gone")
+"""
+AHEAD = """
+import os
+from stormline.pipeline.fork_server import fork_server_ahead
+from stormline.pipeline.fork_worker import ADDRESS
+
+with fork_server_ahead() as ahead:
+    print("began" if ADDRESS in os.environ else "not")
+    ahead.close()
+    print("ended" if ADDRESS not in os.environ else "not")
 """
 BUSY = """
 import threading
@@ -69,6 +95,25 @@ def test_worker_when_it_wants_an_environment_of_its_own_then_ray_starts_it(start
 
     options = [f"{tmp_path}/default_worker.py", "--language=PYTHON", context]
     assert said == f"anew {options} False 7 {tmp_path} False __main__"
+
+
+def test_server_when_one_of_the_same_modules_runs_then_it_serves_and_outlives_the_inner_block():
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stdout.split() == ["same", "alive", "gone"]
+
+
+def test_server_when_ray_is_imported_then_none_is_started_ahead(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", sys)
+
+    with fork_server_ahead():
+        assert ADDRESS not in os.environ
+
+
+def test_server_when_it_is_started_ahead_then_closing_ends_it():
+    done = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stdout.split() == ["began", "ended"]
 
 
 def test_server_when_an_import_leaves_a_thread_then_it_says_so_and_ray_starts_the_workers(start):
