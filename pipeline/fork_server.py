@@ -170,6 +170,7 @@ def main() -> None:
     with suppress(OSError):  # where who started us cannot any more
         os.unlink(address)
         os.rmdir(os.path.dirname(address))
+    os._exit(0)  # at once: to take down all that was imported lasts a second, in which the next start may wait for us
 
 
 def import_all(modules: Sequence[str]) -> None:
@@ -258,17 +259,14 @@ def serve(server: socket.socket) -> Order | None:
 def serve_job(orders: socket.socket) -> Order:
     """Import Ray as the first order has it, and make a copy for each order; returns it in a copy.
 
-    The server ends this process. Orders that cannot be met go unanswered: Ray then starts the worker.
-
-    Raises:
-        SystemExit: At the end.
+    It ends with the server. Orders that cannot be met go unanswered: Ray then starts the worker.
     """
     why_not = None
     with orders:
         while True:
             told, descriptors, _, _ = socket.recv_fds(orders, 1, maxfds=4)
             if not told:
-                raise SystemExit
+                os._exit(0)
             asked, *outputs = descriptors
             with socket.socket(fileno=asked) as asking, suppress(OSError, ValueError):  # who asks may be gone
                 order = read_order(asking, outputs)
