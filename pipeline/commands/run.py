@@ -56,24 +56,25 @@ def run(
       queries: [{id: caption, streams: "gate-*", prompt: "Describe what happens.", window_s: 10},
                {id: smoke, kind: alert, prompt: "Is there smoke?", window_s: 4, sinks: {kafka: {topic: alerts}}}]
     """
-    import yaml
-    from rich.console import Console
+    wanted = [] if serve is None else [f"serve.enabled={str(serve).lower()}"]
+    given = [*(overrides or []), *wanted]
+    if show:
+        _show(settings_path, given)
+        return
 
     from ..fork_server import fork_server_ahead
 
     with fork_server_ahead() as ahead:  # it imports while we do
+        from rich.console import Console
+
         from ..embedded_ray import may_fork
         from ..front.address import check_port
         from ..progress import PlainProgress
-        from ..settings import load_settings, masked
+        from ..settings import load_settings
         from ..stop_signals import on_stop_signal
         from ..supervisor import Supervisor
 
-        wanted = [] if serve is None else [f"serve.enabled={str(serve).lower()}"]
-        settings = load_settings(settings_path, [*(overrides or []), *wanted])
-        if show:
-            typer.echo(yaml.safe_dump(masked(settings), sort_keys=False))
-            return
+        settings = load_settings(settings_path, given)
         if not may_fork(settings):
             ahead.close()
         if settings.serve.enabled:
@@ -88,6 +89,14 @@ def run(
                 on_ready=lambda: progress.phase(_ready_line(settings.serve)),
             )
     _print_end(console, status, settings.output.path)
+
+
+def _show(settings_path: Path | None, given: list[str]) -> None:
+    import yaml
+
+    from ..settings import load_settings, masked
+
+    typer.echo(yaml.safe_dump(masked(load_settings(settings_path, given)), sort_keys=False))
 
 
 def _ready_line(serve: ServeSettings) -> str:
