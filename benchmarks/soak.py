@@ -6,7 +6,9 @@ Publishes bikes.mp4 twice and generated feeds, at their own speed and each from 
 broker; runs one lane with the real encoder and the LLM on Ray Serve; and reads the resident memory, the open
 descriptors and the threads of every process every five seconds, the lane's lag, and how many files lie in Ray's folder
 and under checkpoints/. What must stay flat is the private memory of the job's processes; the broker keeps its log in
-memory and is told apart, and so is Ray's shared object store, which is of fixed size.
+memory and is told apart, and so is Ray's shared object store, which is of fixed size. Private memory counts pages that
+forked workers still share once for each of them; proportional memory (PSS), read once a minute, shares them out, so
+that it grows where they part, and its sum is what the job takes.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from stormline.pipeline.supervisor import RunStatus, Supervisor
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 SAMPLE_S = 5.0
+SAMPLES_PER_MINUTE = round(60 / SAMPLE_S)
 SETTLED_S = {
     True: 300.0,
     False: 60.0,
@@ -50,6 +53,7 @@ class Sample:
 
     time_s: float
     private_bytes: dict[str, int]  # by process, as "PART PID"
+    proportional_bytes: dict[str, int]  # the same; empty but once a minute
     descriptors: dict[str, int]
     threads: dict[str, int]
     figures: dict[str, float]  # of the job as a whole
@@ -69,7 +73,8 @@ class ProcessLog:
         self._apart, self.began_s = apart, time.monotonic()
 
     def sample(self, **figures: float) -> None:
-        private, descriptors, threads = {}, {}, {}
+        private, proportional, descriptors, threads = {}, {}, {}, {}
+        is_minute = len(self.samples) % SAMPLES_PER_MINUTE == 0
         job = psutil.Process()
         for process in [job, *job.children(recursive=True)]:
             if process.pid in self._apart:
@@ -77,13 +82,17 @@ class ProcessLog:
             try:
                 command, memory = " ".join(process.cmdline()), process.memory_info()
                 n_descriptors, n_threads = process.num_fds(), process.num_threads()
+                shared_out = process.memory_full_info().pss if is_minute else 0
             except psutil.Error:
                 continue
             part = part_of(command)
             if part is not None:
                 name = f"{part} {process.pid}"
                 private[name], descriptors[name], threads[name] = memory.rss - memory.shared, n_descriptors, n_threads
-        self.samples.append(Sample(time.monotonic() - self.began_s, private, descriptors, threads, figures))
+                if is_minute:
+                    proportional[name] = shared_out
+        time_s = time.monotonic() - self.began_s
+        self.samples.append(Sample(time_s, private, proportional, descriptors, threads, figures))
 
     @property
     def settled(self) -> list[Sample]:
@@ -107,14 +116,21 @@ class ProcessLog:
                 }
         return told
 
-    def each_minute(self) -> list[tuple[float, float]]:
-        """Return (seconds, MB of all processes), about once a minute."""
-        kept = self.samples[:: round(60 / SAMPLE_S)]
-        return [(round(s.time_s), round(sum(s.private_bytes.values()) / 1e6)) for s in kept]
+    def proportional(self) -> dict[str, Any]:
+        """Return MB of the whole job with shared pages shared out, its slope in MB/h, and (seconds, MB) each minute."""
+        series = [(s.time_s, sum(s.proportional_bytes.values()) / 1e6) for s in self.samples if s.proportional_bytes]
+        first, last, slope = flatness([(at_s, mb) for at_s, mb in series if at_s >= self._settled_s])
+        return {
+            "settled_mb": round(first, 1),
+            "at_the_end_mb": round(last, 1),
+            "slope_mb_per_h": round(slope, 1),
+            "each_minute_mb": [(round(at_s), round(mb)) for at_s, mb in series],
+        }
 
     def by_process(self) -> dict[str, dict[str, Any]]:
         """Return the same for each process that lived all the time, in MB/h, and its descriptors and threads."""
         names = set.intersection(*(set(s.private_bytes) for s in self.settled))
+        minutes = [s for s in self.settled if s.proportional_bytes]
         told = {}
         for name in sorted(names):
             first, last, slope = flatness([(s.time_s, s.private_bytes[name] / 1e6) for s in self.settled])
@@ -122,6 +138,9 @@ class ProcessLog:
                 "settled_mb": round(first, 1),
                 "at_the_end_mb": round(last, 1),
                 "slope_mb_per_h": round(slope, 1),
+                "proportional_slope_mb_per_h": round(
+                    flatness([(s.time_s, s.proportional_bytes[name] / 1e6) for s in minutes])[2], 1
+                ),
                 "descriptors": [
                     round(v) for v in flatness([(s.time_s, s.descriptors[name]) for s in self.settled])[:2]
                 ],
@@ -196,7 +215,9 @@ def main() -> None:
                 "kafka": {"bootstrap_servers": broker.bootstrap_servers, "topics": ["video"]},
                 "output": {"path": folder},
                 "lanes": {"barrier_interval_s": 2.0},
-                "store": {"max_bytes": 1 << 20},  # full after two minutes, as any store is in the long run
+                # Full after minutes, as they are in the long run.
+                "store": {"max_bytes": 1 << 20},
+                "llm": {"prefix_cache_bytes": 1 << 25},
                 "queries": [{"id": "caption", "prompt": "Describe what happens.", "window_s": 10.0}],
             }
         )
@@ -217,11 +238,11 @@ def main() -> None:
                 files_of_ray=n_files(Path(own_ray().get_session_dir_path())),
                 files_of_checkpoints=n_files(Path(folder, "checkpoints")),
             )
-            if len(log.samples) % 12 == 0:
+            if len(log.samples) % SAMPLES_PER_MINUTE == 1:
                 stats = serve.get_deployment_handle("TokenStore", "stormline-store").stats.remote().result()
                 pushed[:] = [stats["push_latency"]]
                 last = log.samples[-1]
-                mb, n_descriptors = sum(last.private_bytes.values()) / 1e6, sum(last.descriptors.values())
+                mb, n_descriptors = sum(last.proportional_bytes.values()) / 1e6, sum(last.descriptors.values())
                 told = f"{status.segments} segments  lag {status.lag_s:.1f} s  {mb:.0f} MB  {n_descriptors} descriptors"
                 print(f"{last.time_s:5.0f} s  {told}", flush=True)
             if log.samples[-1].time_s >= minutes * 60:
@@ -249,7 +270,7 @@ def main() -> None:
         "barrier_interval_s": 2.0,
         "settled_s": SETTLED_S[minutes >= LONG_MINUTES],
         "memory": log.report(),
-        "private_mb_each_minute": log.each_minute(),
+        "proportional": log.proportional(),
         "processes": log.by_process(),
         "figures": log.figures(),
         "load_average": os.getloadavg()[1],
