@@ -49,8 +49,8 @@ async function messageOf(response) {
   }
 }
 
-export async function get(path) {
-  return (await call(path)).json();
+export async function get(path, options = {}) {
+  return (await call(path, options)).json();
 }
 
 /** Yield {id, event, data} of a response in the form of server-sent events; an event without data has data null. */

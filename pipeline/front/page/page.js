@@ -152,6 +152,7 @@ function neighbour(step) {
 
 const timeline = new Timeline(() => loadMarks());
 let marks = [];
+let loadingMarks = null; // an AbortController
 
 function showTime() {
   const spans = [...chosen].map((id) => cards.get(id)?.entry).filter(Boolean);
@@ -166,11 +167,12 @@ function showTime() {
 async function loadMarks() {
   const view = timeline.view;
   if (!view) return;
-  const asked = [...chosen];
+  loadingMarks?.abort();
+  const { signal } = (loadingMarks = new AbortController());
   const since = new Date(view.start - 60_000).toISOString();
-  const lists = await Promise.all(asked.map((id) =>
-    get(`v1/streams/${encodeURIComponent(id)}/captions?limit=${MAX_MARKS}&since=${since}`).catch(() => ({ data: [] }))));
-  if (asked.some((id) => !chosen.has(id))) return;
+  const lists = await Promise.all([...chosen].map((id) =>
+    get(`v1/streams/${encodeURIComponent(id)}/captions?limit=${MAX_MARKS}&since=${since}`, { signal }).catch(() => ({ data: [] }))));
+  if (signal.aborted) return;
   marks = lists.flatMap((list) => list.data);
   timeline.mark(marks);
 }
@@ -304,14 +306,18 @@ async function write(response, text, looked) {
     const piece = JSON.parse(event.data);
     if (piece.error) throw new ApiError(500, piece.error.message);
     for (const choice of piece.choices) text.append(choice.delta.content ?? "");
-    if (piece.stormline) looked.textContent = piece.stormline.video.map(lookedText).join("; ");
+    if (piece.stormline) looked.textContent = lookedText(piece.stormline.video);
   }
   if (!whole) throw new Error("broke off");
 }
 
-function lookedText(use) {
-  const span = `${clock(Date.parse(use.first))} to ${clock(Date.parse(use.last))}`;
-  return `looked at ${use.tokens_used} of ${use.tokens_in_range} tokens of ${use.stream}, ${span} (${use.token_policy}); [00:00] is ${clock(Date.parse(use.start))}`;
+function lookedText(uses) {
+  const each = uses.map((use) => {
+    const span = `${clock(Date.parse(use.first))} to ${clock(Date.parse(use.last))}`;
+    return `looked at ${use.tokens_used} of ${use.tokens_in_range} tokens of ${use.stream}, ${span} (${use.token_policy})`;
+  });
+  const zero = Math.min(...uses.map((use) => Date.parse(use.start))); // one clock for all streams of a question
+  return [...each, `[00:00] is ${clock(zero)}`].join("; ");
 }
 
 $("ask").addEventListener("submit", (event) => {

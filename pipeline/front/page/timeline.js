@@ -6,9 +6,9 @@ export const VIEWS = [["1 min", MINUTE], ["10 min", 10 * MINUTE], ["1 h", 60 * M
 const MAX_ASKED_MS = 7 * 1440 * MINUTE; // what the service takes by default
 
 export class Timeline {
-  /** @param onChange called when the range or the view was changed by hand. */
-  constructor(onChange) {
-    this.onChange = onChange;
+  /** @param onView called when another stretch of time is shown; a range chosen within it is no such change. */
+  constructor(onView) {
+    this.onView = onView;
     this.viewMs = 10 * MINUTE;
     this.chosen = null; // {start, end} in ms, or null for all that is shown
     this.span = null; // {start, end} of the stream
@@ -27,7 +27,7 @@ export class Timeline {
         this.viewMs = ms;
         this.chosen = null;
         this.draw();
-        this.onChange();
+        this.onView();
       });
       document.querySelector(".views").append(button);
     }
@@ -68,7 +68,6 @@ export class Timeline {
   reset() {
     this.chosen = null;
     this.draw();
-    this.onChange();
   }
 
   /** What is shown: {start, end} in ms. */
@@ -84,7 +83,6 @@ export class Timeline {
     const at = (step) => view.start + ((view.end - view.start) * step) / STEPS;
     this.chosen = from <= 0 && until >= STEPS ? null : { start: at(from), end: at(until) };
     this.draw();
-    this.onChange();
   }
 
   /** Put the range into the query of an address: last=… for all that is shown, which goes on with the stream. */
@@ -142,11 +140,16 @@ export class Timeline {
 
 const iso = (ms) => new Date(ms).toISOString();
 
-/** Return a time of day, with the date where that helps. */
+const PLACES_UNTIL_MS = 3650 * 1440 * MINUTE; // times before 1980 are places in an archive's video, told from 1970 on in UTC
+
+/** Return a time of day here, with the date where that helps; of an archive's video, the place in it. */
 export function clock(ms, withDate = Date.now() - ms > 20 * 3600_000) {
   const time = new Date(ms);
-  const clockText = time.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
-  return withDate ? `${time.toLocaleDateString([], { month: "short", day: "numeric" })} ${clockText}` : clockText;
+  const isPlace = ms < PLACES_UNTIL_MS;
+  const zone = isPlace ? { timeZone: "UTC" } : {};
+  const clockText = time.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23", ...zone });
+  if (!withDate || (isPlace && ms < 1440 * MINUTE)) return clockText;
+  return `${time.toLocaleDateString([], { month: "short", day: "numeric", ...zone })} ${clockText}`;
 }
 
 export function lengthText(ms) {
