@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from .prompts import ChatTemplateError
 from .selection import VideoChunk
 
 CONFIG_FILE = "processor_config.json"
@@ -231,8 +232,17 @@ class StormProcessor:
         return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=is_local), **values)
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the tokens of a conversation that waits for an answer."""
-        rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        """Return the tokens of a conversation that waits for an answer.
+
+        Raises:
+            ChatTemplateError: Where the model's own chat template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:  # such as two turns of the user in a row
+            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from None
         bos = self.tokenizer.bos_token  # a template that leaves it out counts on the tokenizer, as in transformers
         adds_bos = bos is not None and not rendered.startswith(str(bos))
         return list(self.tokenizer.encode(rendered, add_special_tokens=adds_bos))

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from .selection import VideoChunk
 
 
+class ChatTemplateError(ValueError):
+    """A model's own chat template does not take a conversation, such as two turns of the user in a row."""
+
+
 @dataclass(frozen=True, eq=False)
 class VideoPrompt:
     """A question about video, and how to answer it.

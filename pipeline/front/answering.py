@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...models.prompts import VideoAnswer, VideoPrompt
+from ...models.prompts import ChatTemplateError, VideoAnswer, VideoPrompt
 from ...models.selection import VideoChunk, select_chunks
 from ..chunk_index import PastChunk, choose_chunks, choose_policy
 from ..durations import format_moment
@@ -139,10 +139,22 @@ class Answerer:
     ) -> list[VideoChunk]:
         chunks = [VideoChunk((c.start_ns - origin_ns) / 1e9, (c.end_ns - origin_ns) / 1e9, c.tokens) for c in read]
         try:
-            question = await self._llm.embed(request.question) if policy == "relevant" else None
+            question = await self._embed(request.question) if policy == "relevant" else None
             return await asyncio.to_thread(select_chunks, chunks, budget, policy, question=question)
         except ValueError as error:
             raise bad_request(_message_of(error), "messages", "video_not_usable") from None
+
+    async def _embed(self, text: str) -> np.ndarray:
+        """Return a text's embedding.
+
+        Raises:
+            ApiError: 503 if the model cannot be reached.
+        """
+        try:
+            return await asyncio.wait_for(self._llm.embed(text), self._limits.timeout_s)
+        except Exception as error:  # noqa: BLE001 (the edge to another process)
+            logger.warning("embed_failed error=%s", type(error).__name__)
+            raise model_not_there() from None
 
     async def _find(self, asked: StreamRange) -> _Found:
         view = await self._source.look_up(asked.stream_id)
@@ -197,7 +209,8 @@ class Answerer:
                 raise ApiError(504, f"no whole answer within {limit_s:.0f} s; ask for a shorter one, or try again",
                                code="timeout") from None  # fmt: skip
             except ValueError as error:
-                raise bad_request(_message_of(error), "messages", "context_length_exceeded") from None
+                code = "invalid_value" if isinstance(error, ChatTemplateError) else "context_length_exceeded"
+                raise bad_request(_message_of(error), "messages", code) from None
             except Exception as error:  # noqa: BLE001 (the edge to another process: whatever came out of it)
                 logger.warning("answer_failed attempt=%d heard=%s error=%s", attempt + 1, heard, type(error).__name__)
                 if heard or attempt + 1 == ATTEMPTS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from ..settings import ServeSettings
 from .api_errors import ApiError
@@ -15,6 +15,14 @@ from .stream_urls import StreamRange, parse_stream_url
 _MAX_MESSAGES = 256
 _MAX_STOPS = 4  # as OpenAI allows
 _INT64 = 2**63
+
+
+def _kind(value: Any) -> str:
+    """Tell a text from a list, so that an error names what is wrong within the list."""
+    return _LIST if isinstance(value, list) else _TEXT
+
+
+_TEXT, _LIST = "a text", "a list"  # in pydantic's account of where an error is; left out of ours
 
 
 class Part(BaseModel):
@@ -47,7 +55,11 @@ class ChatMessage(Part):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | VideoPart, Field(discriminator="type")]]
+    content: Annotated[
+        Annotated[str | None, Tag(_TEXT)]
+        | Annotated[list[Annotated[TextPart | VideoPart, Field(discriminator="type")]], Tag(_LIST)],
+        Discriminator(_kind),
+    ]
 
 
 class StreamOptions(Part):
@@ -67,7 +79,9 @@ class ChatBody(Part):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: str | list[str] | None = None
+    stop: Annotated[
+        Annotated[str | None, Tag(_TEXT)] | Annotated[list[str], Tag(_LIST)], Discriminator(_kind)
+    ] = None
     token_budget: int | None = Field(None, ge=1)
     token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant", "changes"] | None = None
 
@@ -126,7 +140,7 @@ def read_chat_request(body: Any, limits: ServeSettings) -> ChatRequest:
         asked = ChatBody.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"])
+        where = _where(first["loc"])
         raise bad_request(f"{where}: {first['msg']}", where) from None
     turns = [("system" if m.role == "developer" else m.role, _text_of(m)) for m in asked.messages]
     n_chars = sum(len(text) for _, text in turns)
@@ -159,9 +173,19 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
     return ApiError(400, message, code=code, param=param)
 
 
+def _where(places: Sequence[str | int]) -> str:
+    """Return an error's place in the request, without the names that pydantic gives to what a value may be."""
+    kept = [
+        str(place)
+        for i, place in enumerate(places)
+        if place not in (_TEXT, _LIST) and not (i > 1 and places[i - 2] == _LIST and isinstance(place, str))
+    ]
+    return ".".join(kept)
+
+
 def _text_of(message: ChatMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
+    if not isinstance(message.content, list):
+        return message.content or ""
     return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
 
 

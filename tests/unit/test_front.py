@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from stormline.models.prompts import VideoAnswer
+from stormline.models.prompts import ChatTemplateError, VideoAnswer
 from stormline.operators.errors import SettingsError
 from stormline.operators.rows import Chunk
 from stormline.pipeline.durations import format_moment, parse_duration_s
@@ -317,14 +317,60 @@ def test_chat_when_the_prompt_does_not_fit_the_model_then_its_words_are_passed_o
     assert error_of(response) == (400, "context_length_exceeded")
 
 
-def test_chat_when_something_breaks_then_nothing_of_the_request_is_logged(tmp_path, caplog):
+def test_chat_when_the_model_refuses_the_turns_then_the_request_is_said_to_be_wrong(tmp_path):
+    response = post(make_client(tmp_path, EchoLlm(failures=1, error=ChatTemplateError)), ask())
+
+    assert error_of(response) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize("wait_s", [0, 60])
+def test_chat_when_a_question_cannot_be_embedded_then_the_model_is_said_to_be_away(tmp_path, wait_s):
     class Broken(EchoLlm):
         async def embed(self, text):
-            raise RuntimeError(f"cannot embed {text}")
+            await asyncio.sleep(wait_s)
+            raise ConnectionError
 
+    client = make_client(tmp_path, Broken(), timeout_s=0.2)
+    response = post(client, ask("What?", "stream://gate?last=2m", token_policy="relevant"))
+
+    assert error_of(response) == (503, "model_unavailable")
+    assert int(response.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages.0.content.0"),
+        ({"content": [{"type": "video_url", "video_url": "stream://gate"}]}, "messages.0.content.0.video_url"),
+        ({"content": [{"type": "text", "text": "?"}, {"type": "text"}]}, "messages.0.content.1.text"),
+        ({"content": [{"text": "?"}]}, "messages.0.content.0"),
+        ({"content": 5}, "messages.0.content"),
+    ],
+)
+def test_chat_when_a_part_is_wrong_then_the_error_names_it(tmp_path, changes, param):
+    response = post(make_client(tmp_path), {"messages": [{"role": "user", **changes}]})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_chat_when_an_earlier_answer_has_no_text_then_it_is_taken_as_empty(tmp_path):
+    llm, turns = EchoLlm(), [{"role": "assistant", "content": None}]
+
+    post(make_client(tmp_path, llm), {"messages": [*turns, *ask("What?")["messages"]]})
+
+    assert llm.prompts[0].history == (("assistant", ""),)
+
+
+def test_chat_when_something_breaks_then_nothing_of_the_request_is_logged(tmp_path, caplog, monkeypatch):
+    def broken(*args, **more):
+        raise RuntimeError("cannot select for xyzzy")
+
+    monkeypatch.setattr("stormline.pipeline.front.answering.select_chunks", broken)
     caplog.set_level(logging.DEBUG)
 
-    response = post(make_client(tmp_path, Broken()), ask("xyzzy", "stream://gate?last=2m", token_policy="relevant"))
+    response = post(make_client(tmp_path), ask("xyzzy", "stream://gate?last=2m", token_policy="relevant"))
+    monkeypatch.undo()
     post(make_client(tmp_path, EchoLlm(failures=3)), ask("xyzzy"))
 
     assert error_of(response) == (500, "internal_error")
