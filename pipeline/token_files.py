@@ -159,10 +159,13 @@ class TokenFiles:
     def streams(self) -> dict[str, tuple[int, int, int]]:
         """Return for each stream: first start_ns, last end_ns, number of chunks."""
         with self._lock:
-            return {
-                name: (int(s.index.start_ns[0]), int(s.index.end_ns.max()), len(s.index))
-                for name, s in self._streams.items()
-            }
+            return {name: _span(stream) for name, stream in self._streams.items()}
+
+    def span(self, stream_id: str) -> tuple[int, int, int] | None:
+        """Return the same for one stream; None for one without chunks."""
+        with self._lock:
+            stream = self._streams.get(stream_id)
+            return _span(stream) if stream else None
 
     def index(self, stream_id: str, start_ns: int, end_ns: int) -> ChunkIndex:
         """Return the chunks that overlap [start_ns, end_ns), in order, without their tokens."""
@@ -233,6 +236,10 @@ class TokenFiles:
         columns = ["start_time", "end_time", "token_count", "token_dim", "tokens"]
         rows = ds.dataset(paths, schema=TOKENS, format="parquet").to_table(columns, filter=wanted)
         return list(_chunks(rows))
+
+
+def _span(stream: _StreamFiles) -> tuple[int, int, int]:
+    return int(stream.index.start_ns[0]), int(stream.index.end_ns.max()), len(stream.index)
 
 
 def _chunks(rows: pa.Table) -> Iterator[PastChunk]:

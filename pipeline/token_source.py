@@ -85,28 +85,32 @@ class StreamView:
 
     async def last_ns(self) -> int | None:
         """Return when the newest chunk ends; None for a stream without tokens."""
-        if self._held is not None:
-            return int(self._held.index.end_ns.max())
-        await self._read_files()
-        span = self._files.streams().get(self.stream_id)
-        return span[1] if span else None
+        newest = [] if self._held is None else [int(self._held.index.end_ns.max())]
+        if self._held is None:
+            await self._read_files()
+        if (span := self._files.span(self.stream_id)) is not None:
+            newest.append(span[1])
+        return max(newest, default=None)
 
     async def index(self, start_ns: int, end_ns: int) -> RangeIndex:
         """Return which chunks overlap [start_ns, end_ns), in order."""
         held = self._held
         # Times in Parquet are rounded down to microseconds: the boundary is, too, or a chunk at it would come twice.
         complete_from_ns = end_ns if held is None else held.complete_from_ns // _NS_PER_US * _NS_PER_US
-        parts, in_store = [], []
         if start_ns < complete_from_ns:
             await self._read_files()
-            old = self._files.index(self.stream_id, start_ns, end_ns)
-            old = old.where(np.flatnonzero(old.start_ns < complete_from_ns))
-            parts, in_store = [old], [np.zeros(len(old), bool)]
-        if held is not None:
-            new = held.index.overlapping(start_ns, end_ns)
-            new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))
-            parts, in_store = [*parts, new], [*in_store, np.ones(len(new), bool)]
-        return RangeIndex(self.stream_id, ChunkIndex.join(parts), np.concatenate(in_store))
+        # What the files had when they were last looked at costs no reading, and is asked in any case: a session that
+        # came later may have earlier times than an older one, which the store then has not.
+        old = self._files.index(self.stream_id, start_ns, end_ns)
+        if held is None:
+            return RangeIndex(self.stream_id, old, np.zeros(len(old), bool))
+        in_memory = held.index.start_ns // _NS_PER_US * _NS_PER_US
+        old = old.where((old.start_ns < complete_from_ns) | ~np.isin(old.start_ns, in_memory))
+        new = held.index.overlapping(start_ns, end_ns)
+        new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))
+        both = ChunkIndex.join([old, new])
+        order = np.argsort(both.start_ns, kind="stable")
+        return RangeIndex(self.stream_id, both.where(order), (np.arange(len(both)) >= len(old))[order])
 
     async def _read_files(self) -> None:
         if not self._files_read:

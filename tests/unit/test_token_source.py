@@ -315,3 +315,24 @@ def test_put_when_a_chunk_is_replaced_then_held_once():
 
     assert held is not None
     assert len(held.index) == 1
+
+
+def test_source_when_a_later_session_has_earlier_times_then_what_was_committed_before_is_not_hidden(tmp_path):
+    folder = Folder(tmp_path)
+    folder.commit(*(make_chunk(index) for index in range(10)))
+    late = [replace(make_chunk(index), session="late", start_ns=make_chunk(index).start_ns + S_NS) for index in (4, 5)]
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore(*late))
+    asyncio.run(source.streams())  # as the service does when it starts
+
+    assert last_ns(source, "gate") == make_chunk(9).end_ns // 1000 * 1000
+    assert read_all(source, 12.5, 18.5) == [6, 7, 8, 9]
+    assert read_all(source) == [0, 1, 2, 3, 4, 4, 5, 5, 6, 7, 8, 9]
+
+
+def test_source_when_the_store_has_what_the_files_have_then_each_chunk_comes_once(tmp_path):
+    folder = Folder(tmp_path)
+    folder.commit(*(make_chunk(index) for index in range(6)))
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore(*(make_chunk(index) for index in range(3, 9))))
+    asyncio.run(source.streams())
+
+    assert read_all(source) == list(range(9))
