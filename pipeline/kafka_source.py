@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from ..operators.errors import SourceError
 from ..operators.rows import Barrier, DeadLetter, Position, Segment, block_of
 from .lag_policy import LagPolicy
 from .lane_source import BarrierTimer, LaneSource
+from .query_settings import names_topic
 from .secret_references import resolve_secrets
 from .sessions import Record, SessionTracker, ends_session, stream_id
 from .settings import KafkaSettings, LagRule
@@ -141,7 +141,7 @@ class _Reader:
 
     def _take(self, tp: TopicPartition, record: Record) -> list[Segment | Barrier]:
         """Return the record's segment; nothing for one that was seen before or is too old."""
-        append_ns = record.timestamp_ms * 1_000_000
+        append_ns = record.append_ns
         stream = (record.topic, record.partition, stream_id(record))
         # The last one of a session stays, however old: with it what waits for the session's end is done.
         skip = self._lag.is_too_old(stream, append_ns) and not ends_session(record)
@@ -189,7 +189,7 @@ def _record(record: Any) -> Record:
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
-        timestamp_ms=max(0, record.timestamp or 0),
+        timestamp_ms=-1 if record.timestamp is None else record.timestamp,
         key=record.key,
         value=record.value,
         headers=record.headers or (),
@@ -262,6 +262,11 @@ def _told_as_ours(kafka: KafkaSettings, doing: str) -> Iterator[None]:
         yield
     except (SaslAuthenticationFailedError, AuthorizationError) as e:
         raise _refused(kafka, e) from e
+    except KeyError as e:  # what the client raises for a partition that has no leader, or was deleted
+        raise SourceError(
+            f"{doing} failed at {kafka.bootstrap_servers}: it knows nothing of {e.args[0] if e.args else e!r}. If the "
+            "topic was deleted, lanes go on without it a while later; else see whether all brokers are up."
+        ) from e
     except KafkaError as e:
         raise SourceError(
             f"{doing} failed at {kafka.bootstrap_servers}: {e!r}. A lane restarts from its checkpoint; see the "
@@ -287,7 +292,7 @@ def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
     try:
         with _told_as_ours(kafka, "Listing the topics"):
             existing = sorted(consumer.topics())
-        found = {name: [t for t in existing if t == name or _fits(t, name)] for name in kafka.topics}
+        found = {name: [t for t in existing if names_topic(name, t)] for name in kafka.topics}
         missing = [name for name, topics in found.items() if not topics]
         if missing:
             raise SourceError(
@@ -298,11 +303,6 @@ def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
         return sorted((t, p) for t in chosen for p in consumer.partitions_for_topic(t) or ())
     finally:
         consumer.close()
-
-
-def _fits(topic: str, pattern: str) -> bool:
-    # Kafka's own topics begin with two underscores and carry no video.
-    return any(c in pattern for c in "*?[") and not topic.startswith("__") and fnmatchcase(topic, pattern)
 
 
 def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, int], int]) -> None:

@@ -1,4 +1,4 @@
-"""Looks for topics and partitions that come while lanes run."""
+"""Looks for topics and partitions that come, or go, while lanes run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class PartitionWatch:
         self._kafka = kafka
         self._known = set(known)
         self._found: list[tuple[str, int]] = []
+        self._missed: set[tuple[str, int]] = set()  # at the last look; gone if they are missed at the next one, too
+        self._gone: list[tuple[str, int]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="partition-watch", daemon=True)
@@ -42,15 +44,24 @@ class PartitionWatch:
             found, self._found = self._found, []
         return sorted(found)
 
+    def take_gone(self) -> list[tuple[str, int]]:
+        """Return what was missed at two looks in a row since the last call, sorted; a topic that was deleted."""
+        with self._lock:
+            gone, self._gone = self._gone, []
+        return sorted(gone)
+
     def _run(self) -> None:
         from .kafka_source import list_partitions
 
         while not self._stop.wait(self._kafka.discover_s):
             try:
-                new = set(list_partitions(self._kafka)) - self._known
+                there = set(list_partitions(self._kafka))
             except SourceError as error:  # brokers that are away for a while; the lanes tell of it
                 logger.info("partitions_not_listed error=%s", error)
                 continue
-            self._known |= new
+            new, missed = there - self._known, self._known - there
+            gone, self._missed = missed & self._missed, missed
+            self._known = (self._known | new) - gone  # one that comes back is new again
             with self._lock:
                 self._found += new
+                self._gone += gone

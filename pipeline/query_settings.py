@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import SplitResult, urlsplit
 
@@ -106,9 +107,11 @@ def check_sinks(query: Query, *, allow_private: bool, input_topics: Sequence[str
         ValueError: If they may not.
     """
     sinks = query.sinks
-    if sinks.kafka is not None and sinks.kafka.topic in input_topics:
+    read = [] if sinks.kafka is None else [name for name in input_topics if names_topic(name, sinks.kafka.topic)]
+    if sinks.kafka is not None and read:
         raise ValueError(
-            f"sinks.kafka.topic: {sinks.kafka.topic!r} is a topic that video is read from; choose another for results"
+            f"sinks.kafka.topic: {sinks.kafka.topic!r} is a topic that video is read from (kafka.topics has "
+            f"{read[0]!r}); choose another for results"
         )
     if sinks.webhook is not None and not allow_private:
         host = (split_url(sinks.webhook.url).hostname or "").rstrip(".").lower()
@@ -117,6 +120,15 @@ def check_sinks(query: Query, *, allow_private: bool, input_topics: Sequence[str
                 f"sinks.webhook.url: {host} is an address of this machine or of a private network; "
                 "delivery.allow_private=true in the settings lets webhooks go there"
             )
+
+
+def names_topic(name: str, topic: str) -> bool:
+    """Tell whether an entry of `kafka.topics`, a name or a pattern, means a topic.
+
+    Kafka's own topics begin with two underscores and carry no video: no pattern means them.
+    """
+    is_pattern = any(c in name for c in "*?[") and not topic.startswith("__")
+    return topic == name or (is_pattern and fnmatchcase(topic, name))
 
 
 def is_address(host: str) -> bool:

@@ -15,6 +15,11 @@ from ..operators.errors import CheckpointError
 from ..operators.rows import DeadLetter, Segment, SegmentMeta
 
 CURSOR_VERSION = 2
+# The year 2200: later times are mistakes, as of microseconds for milliseconds. Those near the end of 64 bits could not
+# be written, and those after the year 9999 not be read by Python.
+MAX_TIME_NS = 7_258_118_400 * 10**9
+MAX_TIME_MS = MAX_TIME_NS // 10**6
+MAX_SEQ = 2**63 - 2
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,15 @@ class Record:
     topic: str
     partition: int
     offset: int
-    timestamp_ms: int
+    timestamp_ms: int  # as Kafka gives it; -1 for none
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes | None]] = ()
+
+    @property
+    def append_ns(self) -> int:
+        """Return the timestamp in nanoseconds; 0 where there is none, or none that can be."""
+        return self.timestamp_ms * 1_000_000 if 0 <= self.timestamp_ms <= MAX_TIME_MS else 0
 
 
 class SessionTracker:
@@ -85,7 +95,7 @@ class SessionTracker:
             self.counters["duplicates"] += 1
             return None
         cursor, seq, missing = placed
-        start_ns = headers.start_ns if headers.start_ns is not None else record.timestamp_ms * 1_000_000
+        start_ns = headers.start_ns if headers.start_ns is not None else record.append_ns
         if cursor.session_start_ns < 0:
             cursor = replace(cursor, session_start_ns=start_ns)
         gap_segments = cursor.skipped + missing
@@ -104,7 +114,7 @@ class SessionTracker:
             topic=record.topic,
             partition=record.partition,
             offset=record.offset,
-            append_ns=record.timestamp_ms * 1_000_000,
+            append_ns=record.append_ns,
             n_bytes=len(value),
         )
         notices = [DeadLetter.of(meta, "bad_header", f"{text}; went on without it") for text in bad]
@@ -191,23 +201,25 @@ def _read_headers(record: Record) -> tuple[_Headers, list[str]]:
     raw = {name: value or b"" for name, value in record.headers}
     bad: list[str] = []
 
-    def number(name: str) -> int | None:
+    def number(name: str, most: int) -> int | None:
         if name not in raw:
             return None
         try:
             value = int(raw[name])
         except ValueError:
             value = -1
-        if value < 0:
-            bad.append(f"header {name} is {raw[name][:40]!r}, expected a whole number from 0")
+        if not 0 <= value <= most:
+            bad.append(f"header {name} is {raw[name][:40]!r}, expected a whole number from 0 to {most}")
             return None
         return value
 
+    if record.timestamp_ms > MAX_TIME_MS:
+        bad.append(f"the record's timestamp is {record.timestamp_ms}, expected milliseconds, {MAX_TIME_MS} at most")
     session = raw["session"].decode("utf-8", "backslashreplace") if "session" in raw else None
     headers = _Headers(
         session=session,
-        seq=number("seq"),
-        start_ns=number("start_ns"),
+        seq=number("seq", MAX_SEQ),
+        start_ns=number("start_ns", MAX_TIME_NS),
         content_type=raw.get("content-type", b"").decode("utf-8", "replace"),
         end=_is_end(raw),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..operators.errors import CommitError, StormlineError
+from ..operators.errors import CheckpointError, CommitError, OrderError, SourceError, StormlineError
 from .embedded_ray import embedded_ray, may_fork
 from .settings import Settings
 
@@ -51,6 +51,7 @@ class LaneSlot:
     renewing: bool = False  # it was told to stop at its next commit, and starts again from there
     to_recover: bool = False  # its plan is that of a life that is over
     blamed: str | None = None  # for its last failure: see `SuspectList.take_marks`
+    gone: frozenset[tuple[str, int]] = frozenset()  # partitions that it read until they went
     done: list[LaneStatus] = field(default_factory=list)  # of its earlier lives, for totals
 
 
@@ -163,6 +164,7 @@ class Supervisor:
             watch.start()
             while not self._stop.is_set():
                 self._adopt(watch.take())
+                self._let_go(watch.take_gone())
                 self._tend()
                 status = self.status()
                 if not ready and services.ready() and status.lanes_up == len(self._slots):
@@ -223,7 +225,12 @@ class Supervisor:
         if archive:
             archive.recovered()
         elif recovery.partitions:
-            check_offsets_exist(settings.kafka, recovery.next_offsets)
+            here = set(partitions)
+            check_offsets_exist(settings.kafka, {p: n for p, n in recovery.next_offsets.items() if p in here})
+            if left := sorted(set(recovery.next_offsets) - here):
+                names = ", ".join(f"{topic}[{partition}]" for topic, partition in left[:5])
+                more = ", …" if len(left) > 5 else ""
+                self._tell(f"not read any more (deleted, or not in kafka.topics): {names}{more}; the checkpoint stays")
         self._suspects = SuspectList(settings.output.path)
         for lane in list_lanes(recovery.root):
             self._tell_set_aside(self._suspects.take_marks(lane, recovery.next_offsets))
@@ -248,7 +255,10 @@ class Supervisor:
     def _adopt(self, partitions: list[tuple[str, int]]) -> None:
         """Give new partitions to the lanes that have the fewest; each takes them up at its next commit."""
         for partition in partitions:
-            slot = min(self._slots, key=lambda slot: len(slot.plan.partitions))
+            # One that comes back goes to the lane that had it, which may not have noticed yet that it was gone.
+            had_it = (slot for slot in self._slots if partition in slot.gone)
+            slot = next(had_it, min(self._slots, key=lambda slot: len(slot.plan.partitions)))
+            slot.gone -= {partition}
             slot.plan = replace(
                 slot.plan,
                 partitions=(*slot.plan.partitions, partition),
@@ -257,6 +267,15 @@ class Supervisor:
             self._tell(f"new partition {partition[0]}[{partition[1]}]: lane {slot.plan.lane} takes it up")
             if slot.actor is not None:
                 self._renew(slot)
+
+    def _let_go(self, partitions: list[tuple[str, int]]) -> None:
+        """Leave partitions that are gone out of what their lanes read in their next life; nothing comes of them now."""
+        for partition in partitions:
+            for slot in (slot for slot in self._slots if partition in slot.plan.partitions):
+                left = tuple(p for p in slot.plan.partitions if p != partition)
+                slot.plan = replace(slot.plan, partitions=left)
+                slot.gone |= {partition}
+                self._tell(f"{partition[0]}[{partition[1]}] is gone: lane {slot.plan.lane} goes on without it")
 
     def _renew(self, slot: LaneSlot) -> None:
         """Have a lane stop at its next commit, to start again from there with the slot's plan."""
@@ -271,7 +290,7 @@ class Supervisor:
         for slot in self._slots:
             if slot.finished:
                 continue
-            if slot.actor is None and time.monotonic() >= slot.retry_at_s:
+            if slot.actor is None and slot.plan.partitions and time.monotonic() >= slot.retry_at_s:
                 self._start_lane(slot)
             elif slot.actor is not None:
                 done, _ = ray.wait([slot.run_ref], timeout=0)
@@ -327,7 +346,9 @@ class Supervisor:
         try:
             status: LaneStatus = ray.get(slot.run_ref)
         except RayError as e:
-            self._fail(slot, root_cause(e), blamed=step_of(e))
+            # What the commit or the source says of itself is no record's doing. Ray's error is of its cause's class.
+            is_lanes_own = isinstance(e, CommitError | CheckpointError | SourceError | OrderError)
+            self._fail(slot, root_cause(e), blamed="lane" if is_lanes_own else step_of(e))
             return
         if status.finished:
             slot.finished, slot.status = True, status

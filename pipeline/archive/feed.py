@@ -235,6 +235,10 @@ class ArchiveWatch:
         """Return no new partitions: what is new goes into those that there are."""
         return []
 
+    def take_gone(self) -> list[tuple[str, int]]:
+        """Return no partitions: those of an archive stay."""
+        return []
+
     def _run(self) -> None:
         while not self._stop.wait(self._feed.options.watch_s):
             try:

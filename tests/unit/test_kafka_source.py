@@ -376,3 +376,31 @@ def test_watch_when_partitions_are_added_and_brokers_are_away_for_a_while_then_e
 
     assert watch.take() == [("video", 2), ("video-2", 0)]
     assert watch.take() == []
+
+
+def test_watch_when_a_topic_is_gone_for_two_looks_then_said_once_and_new_when_it_is_back(monkeypatch):
+    both, one = {"cam-1": 1, "cam-2": 1}, {"cam-1": 1}
+    asked, answers = threading.Event(), [one, both, one, one, one, both]
+
+    def open_consumer(settings):
+        if len(answers) == 1:
+            asked.set()
+        return FakeConsumer({}, answers.pop(0) if len(answers) > 1 else answers[0])
+
+    monkeypatch.setattr(kafka_source, "open_consumer", open_consumer)
+    watch = PartitionWatch(KafkaSettings(topics=["cam-*"], discover_s=0.001), [("cam-1", 0), ("cam-2", 0)])
+    watch.start()
+    assert asked.wait(20)
+    watch.stop()
+    watch._thread.join(20)
+
+    assert watch.take_gone() == [("cam-2", 0)]
+    assert watch.take() == [("cam-2", 0)]
+    assert watch.take_gone() == []
+
+
+def test_offsets_when_the_client_knows_nothing_of_a_partition_then_told_as_ours(monkeypatch):
+    monkeypatch.setattr(kafka_source, "open_consumer", lambda kafka: FakeConsumer({}))
+
+    with pytest.raises(SourceError, match=r"knows nothing of .*partition=0"):
+        check_offsets_exist(KafkaSettings(), {("video", 0): 25})

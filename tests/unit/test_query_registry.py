@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -8,7 +9,7 @@ from stormline.operators.errors import SettingsError
 from stormline.pipeline.front.app import Backend, build_app
 from stormline.pipeline.front.queries import QueryRules
 from stormline.pipeline.query_registry import MAX_QUERIES, QueryConflictError, QueryNotFoundError, QueryRegistry
-from stormline.pipeline.query_settings import Query, is_public
+from stormline.pipeline.query_settings import Query, check_sinks, is_public
 from stormline.pipeline.settings import ServeSettings, load_settings
 
 ALERT = {"id": "smoke", "kind": "alert", "prompt": "Is there smoke?", "streams": ["gate-*"]}
@@ -218,3 +219,13 @@ def test_settings_when_a_query_may_not_go_where_it_says_then_refused_unless_allo
 )
 def test_address_when_looked_at_then_public_or_not(address, public):
     assert is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("cam-*", True), ("cam-alerts", True), ("cam", False), ("gate-?", False)]
+)
+def test_sinks_when_a_topic_fits_what_video_is_read_from_then_refused(name, refused):
+    asked = query(sinks={"kafka": {"topic": "cam-alerts"}})
+
+    with pytest.raises(ValueError, match="video is read from") if refused else nullcontext():
+        check_sinks(asked, allow_private=False, input_topics=["video", name])

@@ -136,3 +136,19 @@ def test_record_when_it_comes_after_its_successor_then_a_gap_was_told_and_it_is_
     assert [(s.meta.seq, s.meta.gap_segments) for s in taken if s] == [(0, 0), (2, 1), (3, 0)]
     assert [d.reason for s in taken if s for d in s.dead_letters] == ["gap"]
     assert tracker.counters["duplicates"] == 2
+
+
+@pytest.mark.parametrize("scale", [10**3, 10**6], ids=["microseconds", "nanoseconds"])
+def test_timestamp_when_it_cannot_be_one_in_milliseconds_then_noted_and_gone_on_without(scale):
+    segment = SessionTracker().take(record(0, timestamp_ms=T0_NS // 10**6 * scale))
+
+    assert (segment.meta.start_ns, segment.meta.append_ns) == (0, 0)
+    assert [d.reason for d in segment.dead_letters] == ["bad_header"]
+    assert "expected milliseconds" in segment.dead_letters[0].detail
+
+
+def test_start_when_it_is_beyond_what_can_be_written_then_the_records_timestamp_counts():
+    segment = SessionTracker().take(record(0, start_ns=2**63 - 1, seq=2**64))
+
+    assert (segment.meta.start_ns, segment.meta.seq) == (T0_NS, 0)
+    assert [d.reason for d in segment.dead_letters] == ["bad_header", "bad_header"]

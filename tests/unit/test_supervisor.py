@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
-from stormline.operators.errors import StormlineError
+from stormline.operators.errors import CommitError, SourceError, StormlineError
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline.checkpoint import lane_folder
 from stormline.pipeline.embedded_ray import embedded_ray
@@ -106,3 +107,56 @@ def test_ray_when_it_is_not_up_in_time_then_an_error_that_says_to_run_again(monk
 
     with pytest.raises(StormlineError, match=r"timed out during startup.*Run again"), embedded_ray(alone, print):
         pytest.fail("it came up")
+
+
+def test_partition_when_its_topic_is_deleted_then_the_lane_goes_on_without_it_and_has_it_again_when_it_is_back(failed):
+    supervisor, slot, told = failed
+    other = LaneSlot(replace(slot.plan, lane=1, partitions=(("cam", 0), ("cam", 1))))
+    supervisor._slots.append(other)
+
+    supervisor._let_go([("cam", 1)])
+    gone = other.plan.partitions
+    supervisor._adopt([("cam", 1)])
+
+    assert (gone, other.plan.partitions) == ((("cam", 0),), (("cam", 0), ("cam", 1)))
+    assert "cam[1] is gone: lane 1 goes on without it" in told
+
+
+def test_lane_when_nothing_is_left_for_it_then_it_waits_for_something(failed, monkeypatch):
+    supervisor, slot, _ = failed
+    monkeypatch.setattr(supervisor, "_refresh", lambda: None)
+    started = []
+    monkeypatch.setattr(supervisor, "_start_lane", started.append)
+
+    supervisor._let_go([("video", 0)])
+    supervisor._tend()
+    waiting = list(started)
+    supervisor._adopt([("video", 1)])
+    supervisor._tend()
+
+    assert (waiting, started) == ([], [slot])
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (CommitError("no space"), "lane"),
+        (SourceError("away"), "lane"),
+        (OSError("MapBatches(Decode) died"), "decode"),
+        (OSError("something"), None),
+    ],
+)
+def test_lane_when_its_own_commit_or_source_failed_then_no_record_is_blamed(failed, monkeypatch, error, blamed):
+    supervisor, slot, _ = failed
+    of_ray = RayTaskError("run", f"ray::Lane.run() {error}", error, "ray::Lane.run", 1, "127.0.0.1", "Lane", "abc")
+    failures = []
+    monkeypatch.setattr(supervisor, "_fail", lambda slot, reason, blamed: failures.append(blamed))
+
+    def get(ref):
+        raise of_ray.as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+
+    supervisor._lane_ended(slot)
+
+    assert failures == [blamed]
