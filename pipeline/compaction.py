@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..operators.errors import CommitError, SettingsError
-from .checkpoint import list_lanes, whole_manifests
+from .checkpoint import KEPT_EPOCHS, list_lanes, whole_manifests
 from .compacted_files import PARTS_KEY, Part, compacted_in, compacted_name, pack_parts, read_parts
 from .durable_files import exchange_folders, is_temporary, make_folder, sync_file, sync_folder, write_failure
 from .files_lock import files_change
@@ -265,9 +265,12 @@ class _ChangedError(Exception):
 
 
 def safe_epochs(root: Path) -> dict[int, int]:
-    """Return for each lane up to which epoch no recovery would delete rows: the one of its oldest whole manifest."""
+    """Return for each lane up to which epoch no recovery would delete rows: the oldest of its newest whole manifests.
+
+    Yet older ones are kept for partitions that nobody reads any more; no recovery goes back that far.
+    """
     whole = {lane: [manifest.epoch for manifest in whole_manifests(root, lane)] for lane in list_lanes(root)}
-    return {lane: epochs[-1] for lane, epochs in whole.items() if epochs}
+    return {lane: epochs[:KEPT_EPOCHS][-1] for lane, epochs in whole.items() if epochs}
 
 
 def check_tables(names: Sequence[str]) -> tuple[str, ...]:

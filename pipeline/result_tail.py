@@ -169,7 +169,7 @@ class ResultTail:
             new = [epoch for epoch in epochs if epoch > seen]
             # Manifests of older epochs than the newest few may be gone: then the names of all files tell.
             paths = None
-            if len(epochs) < KEPT_EPOCHS or seen + 1 >= epochs[KEPT_EPOCHS - 1]:
+            if seen + 1 >= epochs[:KEPT_EPOCHS][-1]:
                 paths = self._named_by_manifests(lane, new)
             if paths is None:
                 to_search[lane] = seen

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from stormline.operators.errors import CheckpointError, CommitError, OutputLockedError
 from stormline.operators.rows import Chunk, DeadLetter, Position, Result
 from stormline.pipeline import compaction
-from stormline.pipeline.checkpoint import MANIFEST_NAME, epoch_folder, list_committed
+from stormline.pipeline.checkpoint import KEPT_EPOCHS, MANIFEST_NAME, epoch_folder, list_committed
 from stormline.pipeline.cli import app
 from stormline.pipeline.compacted_files import is_compacted, read_parts
 from stormline.pipeline.compaction import FOLDER, Compaction, CompactionSpec, DateReport
@@ -434,3 +434,20 @@ def test_command_when_an_option_is_wrong_then_it_says_what_was_expected(tmp_path
 
 def test_command_when_the_folder_is_none_of_ours_then_it_says_so(tmp_path):
     assert "is no output folder of stormline" in str(run_command(tmp_path).exception)
+
+
+def test_compaction_when_a_partition_is_not_read_any_more_then_what_is_written_without_it_is_merged(tmp_path):
+    def write(partitions, n, start):
+        lane = recover(tmp_path, lanes=1, identity={}).for_lane(0, [("video", p) for p in partitions])
+        writer = EpochWriter(lane, model="m", identity={})
+        for i in range(start, start + n):
+            made = Result("q", "caption", "c", "s", NOON_NS, NOON_NS, "?", str(i), False, 1, "", 1.0, "m", NOON_NS)
+            writer.commit(results=[made], positions=[Position("video", p, i) for p in partitions], snapshots={})
+
+    write([0, 1], 4, 1)
+    write([0], 12, 5)
+
+    compact(tmp_path)
+
+    assert len(files(tmp_path)) <= 1 + KEPT_EPOCHS
+    assert len(rows(tmp_path, "results")) == 16

@@ -300,3 +300,16 @@ def test_feed_when_nobody_listens_then_it_does_not_look(tmp_path):
         return poller.cancelled()
 
     assert asyncio.run(listen())
+
+
+def test_tail_when_a_damaged_checkpoint_was_taken_back_then_a_follower_far_behind_misses_nothing(tmp_path):
+    lanes = Lanes(tmp_path)
+    lanes.commit()
+    place = newest_cursor(tmp_path)
+    for _ in range(10):
+        lanes.commit()
+    (epoch_folder(tmp_path, 0, 11) / MANIFEST_NAME).write_text("{")
+    recover(tmp_path, lanes=1, identity={})
+    assert len(list_committed(tmp_path, 0)) < KEPT_EPOCHS
+
+    assert poll(ResultTail(tmp_path, place)) == [str(n) for n in range(1, 10)]
