@@ -65,7 +65,7 @@ class Route:
 
     @property
     def target(self) -> str:
-        """Return where it goes: another target is another route, with a place of its own."""
+        """Return where it goes: another target is another route, which goes on where the one before had come to."""
         return self.sink.url if isinstance(self.sink, WebhookSink) else self.sink.topic
 
     def wants(self, event: ResultEvent) -> bool:
@@ -155,6 +155,11 @@ class Deliverer:
             return
         for route in [route for route in self._routes if route not in wanted]:
             self._routes.pop(route).cancel()
+        # A sink that was taken out and comes back later gets what comes after that.
+        places = {place_name(route) for route in wanted}
+        for path in (self._root / FOLDER).glob("*.json"):
+            if path.name not in places:
+                path.unlink(missing_ok=True)
         for route in wanted:
             if route not in self._routes:
                 name = f"deliver-{route.query_id}-{route.kind}"
@@ -225,23 +230,30 @@ class Deliverer:
         sync_folder(path.parent)
 
 
+def place_name(route: Route) -> str:
+    """Return the name of the file that says how far a route has come."""
+    return f"{route.query_id}.{route.kind}.json"
+
+
 class DeliveryPlace:
     """How far a route has come, in a file of its own.
 
     Args:
         root: The output folder.
-        route: Whose; a file that another target left begins anew.
+        route: Whose. Where an address was corrected, what waited for the old one goes to the new one.
     """
 
     def __init__(self, root: Path, route: Route):
-        self._path = root / FOLDER / f"{route.query_id}.{route.kind}.json"
+        self._path = root / FOLDER / place_name(route)
         self._target = route.target
-        self.cursor = self._read() or Cursor.parse(route.since)
+        begun = self._read()
+        self.cursor = begun or Cursor.parse(route.since)
+        if begun is None:  # set down before anything is sent, which may take days
+            self._write(self.cursor)
 
     def _read(self) -> Cursor | None:
         try:
-            kept = json.loads(self._path.read_text())
-            return Cursor.parse(kept["cursor"]) if kept["target"] == self._target else None
+            return Cursor.parse(json.loads(self._path.read_text())["cursor"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -251,8 +263,11 @@ class DeliveryPlace:
     def keep(self, cursor: Cursor) -> None:
         """Remember a place, so that it outlasts a power cut."""
         if cursor != self.cursor:
-            replace_file(self._path, json.dumps({"target": self._target, "cursor": str(cursor)}).encode())
+            self._write(cursor)
             self.cursor = cursor
+
+    def _write(self, cursor: Cursor) -> None:
+        replace_file(self._path, json.dumps({"target": self._target, "cursor": str(cursor)}).encode())
 
 
 class DeliveryThread:

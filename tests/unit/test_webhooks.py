@@ -1,8 +1,13 @@
+import asyncio
+from dataclasses import replace
+
 import pytest
 
-from stormline.pipeline.delivery import result_id, routes_of
+from stormline.pipeline.delivery import FOLDER, Deliverer, DeliveryPlace, Route, result_id, routes_of
 from stormline.pipeline.query_registry import QueryRegistry
-from stormline.pipeline.query_settings import Query
+from stormline.pipeline.query_settings import Query, WebhookSink
+from stormline.pipeline.result_tail import Cursor
+from stormline.pipeline.settings import DeliverySettings, KafkaSettings
 from stormline.pipeline.webhooks import DeliveryError, sign
 
 
@@ -55,3 +60,32 @@ def test_routes_when_only_a_querys_question_changes_then_the_same_and_with_other
     ]
     assert same == before
     assert [r.target for r in other] == ["https://example.org/b"]
+
+
+def test_place_when_an_address_is_corrected_then_what_waited_for_the_old_one_goes_to_the_new(tmp_path):
+    (tmp_path / FOLDER).mkdir()
+    wrong = Route("q", WebhookSink(url="https://exmple.org/a", secret=None), since=str(Cursor({0: 3})))
+    DeliveryPlace(tmp_path, wrong)  # nothing was sent yet
+
+    place = DeliveryPlace(
+        tmp_path, replace(wrong, sink=WebhookSink(url="https://example.org/a", secret=None), since=str(Cursor({0: 9})))
+    )
+
+    assert place.cursor == Cursor({0: 3})
+
+
+def test_place_when_a_sink_was_taken_out_then_it_begins_anew_when_it_is_back(tmp_path):
+    registry = QueryRegistry(tmp_path)
+    (tmp_path / FOLDER).mkdir()
+    asked = Query.model_validate({"id": "q", "sinks": {"webhook": {"url": "https://example.org/a"}}})
+    registry.add(asked)
+    (route,) = routes_of(registry.stored())
+    DeliveryPlace(tmp_path, route).keep(Cursor({0: 3}))
+    registry.replace(Query.model_validate({"id": "q"}))
+
+    async def look():
+        Deliverer(tmp_path, DeliverySettings(), KafkaSettings())._follow_queries(asyncio.Event())
+
+    asyncio.run(look())
+
+    assert DeliveryPlace(tmp_path, replace(route, since=str(Cursor({0: 9})))).cursor == Cursor({0: 9})
