@@ -349,7 +349,7 @@ def _prefill(model: StormForConditionalGeneration, built: Prompt, prefixes: Pref
         prefixes.put(key, cache)
     rest = built.input_ids[n_prefix:].to(model.device)
     out = model.language_model(
-        input_ids=rest[None],
+        inputs_embeds=model.embed_inputs(rest[None]),  # a source's mark behind the video is a vector of its own
         position_ids=torch.arange(n_prefix, built.n_tokens, device=model.device)[None],
         past_key_values=cache,
         use_cache=True,

@@ -1,7 +1,9 @@
 """What a language model has already read: the keys and values of a prompt's video, kept for the next question about it.
 
-Several standing queries look at the same window, several people ask about the same minutes, and a conversation goes on
-about the same video. Reading the video is most of the work of a short answer, so it is done once.
+Several standing queries look at the same window, and several people ask about the same minutes. Reading the video is
+most of the work of a short answer, so it is done once. A follow-up in a conversation reads it again: its prompt has the
+turns before, and then the video beside the new question, where models that saw single questions in training are right
+more often (the built-in one: 86 against 74 % with one turn before).
 """
 
 from __future__ import annotations

@@ -343,12 +343,12 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         if (n_places := int(is_video.sum())) != n_given:
             raise ValueError(f"got {n_given} video tokens; expected {n_places}, one for each placeholder in input_ids")
         embeds = self.get_input_embeddings()(input_ids)
-        if video_tokens is None or n_given == 0:
-            return embeds
         imported = self.config.imported_config
         if imported is not None and imported.newline_token_id is not None:
             ends_video = input_ids == imported.newline_token_id
             embeds = torch.where(ends_video[..., None], self.frame_encoder.newline.to(embeds.dtype), embeds)
+        if video_tokens is None or n_given == 0:
+            return embeds
         rounded = (video_tokens if exact else _RoundToHalf.apply(video_tokens)).reshape(n_given, -1)
         return embeds.masked_scatter(is_video[..., None], rounded.to(embeds.device, embeds.dtype))
 

@@ -13,9 +13,10 @@ import torch
 from small_sources import SOURCES, llama, save_source
 from transformers import Qwen2VLConfig
 
-from stormline.models.generation import generate_answers
+from stormline.models.generation import _prefill, generate_answers
 from stormline.models.importing import ImportOptions, check_family, import_model
 from stormline.models.loading import load_model
+from stormline.models.prefix_cache import PrefixCache
 from stormline.models.prompts import VideoPrompt
 from stormline.models.selection import VideoChunk
 from stormline.models.sizing import plan_import, plan_model
@@ -89,6 +90,23 @@ def test_import_when_nothing_is_pooled_then_logits_are_the_sources_own(family, s
     torch.testing.assert_close(exact, expected, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(rounded, expected, atol=2e-2, rtol=0)  # tokens are stored as float16
     assert len(stored) == 8 * source.tokens_per_frame
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_imported_when_an_answer_begins_then_its_logits_are_those_of_the_whole_prompt(family, imported):
+    loaded = imported(family)
+    n_tokens = loaded.model.config.n_tokens(4)
+    tokens = np.random.default_rng(0).normal(size=(2, n_tokens, loaded.model.config.d_model)).astype(np.float16)
+    prompt = loaded.processor.build_prompt(
+        "What moves?", [VideoChunk(2.0 * i, 2.0 * i + 2, t) for i, t in enumerate(tokens)]
+    )
+
+    with torch.inference_mode():
+        got, _ = _prefill(loaded.model, prompt, PrefixCache())
+        whole = loaded.model(input_ids=prompt.input_ids[None], video_tokens=prompt.video_tokens.float()).logits[0, -1]
+
+    text = torch.arange(len(whole)) != loaded.model.config.video_token_id
+    torch.testing.assert_close(got[text], whole[text], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "gemma3"])
