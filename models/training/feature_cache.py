@@ -71,7 +71,8 @@ class FeatureCache:
     def features(self, indices: Sequence[int], n_frames: int) -> Tensor:
         """Return what `_features` gives for clips, (B, T, rows, cols, f), with gradients for what follows the tower."""
         size = self.model.config.image_size
-        pixels = torch.empty(1, n_frames, 3, size, size, device=self.model.device, dtype=self.model.dtype)  # unread
+        # The tower does not look at them. Ones, for Idefics and SmolVLM leave out frames that are all zero, as padding.
+        pixels = torch.ones(1, n_frames, 3, size, size, device=self.model.device, dtype=self.model.dtype)
         found = []
         for index in indices:
             with _tower_gives(self.model, lambda *_, index=index, **__: self._read(index)):

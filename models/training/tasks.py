@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -157,9 +159,8 @@ class TextTask(Task):
         """Encode the stage's clips, where it says so."""
         if self.stage.cached_streams:
             self.model.eval()
-            worlds = dict(self.stage.worlds)
             low = self.stage.bfloat16
-            drawn = (self.stage.clip_frames, self.stage.data or worlds, self.stage.backwards, low)
+            drawn = (self.stage.clip_frames, self._clips_key(), self.stage.backwards, low)
             key = f"{self.seed} {self.stage_index} {drawn}"
             n = self.stage.cached_streams
             drawn_once = partial(self._make_clip, held_out=False)  # a clip that was drawn holds megabytes
@@ -170,6 +171,10 @@ class TextTask(Task):
                     features = FeatureCache(folder, self.model, self.processor, key)
                     self._cache = features.fill(n, drawn_once, on_clips)
             self._plan(n, on_clips)
+
+    def _clips_key(self) -> Any:
+        """Return what tells this stage's clips from other ones, whatever is said about them."""
+        return dict(self.stage.worlds)
 
     def _plan(self, n_clips: int, on_clips: Callable[[int], None]) -> None:
         """Work out what happens in the clips, before the first step.
@@ -306,6 +311,15 @@ class PairsTask(TextTask):
         turn, place = divmod(index, len(pairs))  # every pair once before any comes again
         order = np.random.default_rng([self.seed, turn]).permutation(len(pairs))
         return PairClip(pairs[order[place]], self.stage.clip_frames, self.model.config.image_size)
+
+    def _clips_key(self) -> str:
+        """See `TextTask._clips_key`: a video that was added, changed or taken out moves the others' numbers."""
+        stats = {pair.video: pair.video.stat() for pair in self._pairs[False]}
+        told = [
+            (str(p.video), stats[p.video].st_size, stats[p.video].st_mtime_ns, p.start_s, p.stop_s)
+            for p in self._pairs[False]
+        ]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def _plan(self, n_clips: int, on_clips: Callable[[int], None]) -> None:
         """Nothing: the texts say what happens."""

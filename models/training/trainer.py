@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -237,6 +238,9 @@ class Trainer:
 
     def _train_step(self, stage: Stage, task: Task, optimizers: Optimizers) -> tuple[float, dict[str, Tensor]]:
         self.model.train()
+        # Dropout, too, follows from the stage and the step alone, on each rank its own.
+        place = (self.recipe.seed, self._stage_index, self._step, self.ranks.rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1)))
         with task.attention():
             loss, counts = task.loss(self._step * self.ranks.world + self.ranks.rank)
             if not math.isfinite(loss.item()):

@@ -94,7 +94,7 @@ def test_trainer_when_stopped_then_the_same_model_and_only_what_trains_is_kept(s
 
 def test_trainer_when_it_adapts_the_language_model_with_lora_then_the_result_is_an_ordinary_model(start, tmp_path):
     recipe = make_recipe(start, train=["language_model"], steps=12)
-    lora = replace(recipe, lora=Lora(rank=4, alpha=8))
+    lora = replace(recipe, lora=Lora(rank=4, alpha=8, dropout=0.1))
     before = load_model(start, device="cpu").model
 
     whole, losses = run(lora, tmp_path / "whole")

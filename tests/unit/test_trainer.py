@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import av
@@ -249,6 +250,26 @@ def test_pairs_when_decoded_then_frames_of_the_stretch(pairs_folder):
     assert frames.shape == (4, 32, 32, 3)
     # Frame i of the file has the shade 20 + 2 i; the stretch holds frames 10 to 19.
     assert frames.mean(axis=(1, 2, 3)) == pytest.approx([42, 46, 52, 56], abs=5)
+
+
+def test_pairs_when_a_video_comes_or_changes_then_what_was_kept_of_others_is_not_taken_for_it(pairs_folder):
+    stage = {"name": "r", "task": "text", "train": ["language_model"], "steps": 1, "clip_frames": 4}
+    stage |= {"data": str(pairs_folder), "cached_streams": 2}
+
+    def kept():
+        made = recipe([stage])
+        trainer = Trainer(made, pairs_folder / "out", device="cpu")
+        build_task(made.stages[0], 0, made, trainer.model, trainer.processor).prepare(
+            pairs_folder / "kept", lambda n: None
+        )
+        return json.loads((pairs_folder / "kept" / "about.json").read_text())["key"]
+
+    first, again = kept(), kept()
+    for name in ("dark.txt", "dark.mp4"):
+        shutil.copy(pairs_folder / name, (pairs_folder / name).with_stem("another"))
+
+    assert first == again
+    assert kept() != first
 
 
 def test_trainer_when_pairs_then_it_learns_them(pairs_folder):
