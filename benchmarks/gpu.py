@@ -175,8 +175,12 @@ def card_limits(size: dict[str, Any], device: torch.device, dtype: torch.dtype, 
 
 
 def linear_flops(module: torch.nn.Module, n_tokens: int) -> float:
-    """Return the operations of a module's matrices over so many tokens; attention's own products are not counted."""
-    return 2.0 * n_tokens * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    """Return the operations of a module's matrices over so many tokens.
+
+    Tables that rows are looked up in are not multiplied; attention's own products are not counted.
+    """
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)}
+    return 2.0 * n_tokens * sum(p.numel() for p in module.parameters() if p.dim() == 2 and id(p) not in tables)
 
 
 @torch.inference_mode()
@@ -249,13 +253,17 @@ def writing(model: StormForConditionalGeneration, limits: dict[str, float], cloc
 
     read_s = clock.seconds(lambda: read(model, n, n_prompt), tries=3)
     step_s = max(1e-9, (clock.seconds(whole, tries=3) - read_s) / n_written)
-    weights = sum(p.nbytes for p in model.language_model.parameters())
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    is_tied = head is table
+    weights = sum(p.nbytes for p in model.language_model.parameters()) - (0 if is_tied else table.nbytes)
+    # The head is asked for one token of each row alone.
+    flops = linear_flops(model.language_model.get_decoder(), n * n_prompt) + 2.0 * n * head.numel()
     layers: list[Any] = read(model, n, n_prompt).layers
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return {
         "answers": n,
         "read_tokens_per_s": n * n_prompt / read_s,
-        "read_of_matrix_rate": linear_flops(model.language_model, n * n_prompt) / read_s / limits["flops_per_s"],
+        "read_of_matrix_rate": flops / read_s / limits["flops_per_s"],
         "written_tokens_per_s": n / step_s,
         "step_ms": step_s * 1e3,
         "step_of_bandwidth": (weights + cached) / step_s / limits["bytes_per_s"],
@@ -293,7 +301,10 @@ def _encode_clip(model: StormForConditionalGeneration, frames: torch.Tensor, at_
 
 
 def sustained(model: StormForConditionalGeneration, clock: Clock, n_streams: int, n_frames: int) -> dict[str, float]:
-    """Measure a window of each of `n_streams` streams, encoded chunk by chunk, then read and written about."""
+    """Measure a window of each of `n_streams` streams, encoded chunk by chunk, then read and written about.
+
+    All at once: what the card can do. A lane encodes its streams one after the other, and is slower.
+    """
     config = model.config
     side, t = config.image_size, config.chunk_frames
     frames = torch.randint(0, 255, (n_streams, t, side, side, 3), dtype=torch.uint8, device=model.device)
