@@ -141,7 +141,12 @@ def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens
         budget = min(LONGEST_TOKENS, round((tokens_per_chunk or whole * keep) * n_frames / size))
         policy = "uniform" if budget < whole * n_frames / size else "recent"
         result = evaluate(
-            loaded, lengths=(n_frames,), n_per_kind=n_per_kind, budget_tokens=max(1, budget), policy=policy
+            loaded,
+            lengths=(n_frames,),
+            n_per_kind=n_per_kind,
+            budget_tokens=max(1, budget),
+            policy=policy,
+            controls=False,
         )
         kinds = result.by_length[n_frames]
         told[n_frames] = {

@@ -133,26 +133,34 @@ def of_decode(d: dict[str, Any]) -> Rows:
     )
 
 
-MOTION_KINDS = ("direction", "size change", "stop or start", "speed", "moves", "motion")
-
-
 def of_ablation(d: dict[str, Any]) -> Rows:
-    """What the temporal encoder is worth."""
-    told = {name: d["variants"][name]["lengths"] for name in ("full", "still")}
+    """What the temporal encoder and pooling are worth."""
+    of = {name: variant["lengths"] for name, variant in d["variants"].items()}
+    lengths = tuple(of["full"])
+    steps = sum(stage["steps"] for stage in d["stages"])
+    asked = f"questions that need order, at {', '.join(lengths)} frames, after the same {steps:,} steps and clips"
 
-    def motion(name: str, n_frames: str) -> float:
-        kinds = told[name][n_frames]["kinds"]
-        return sum(kinds[kind] for kind in MOTION_KINDS) / len(MOTION_KINDS)
+    def shares(name: str) -> str:
+        return ", ".join(f"{of[name][n]['order']:.0%}" for n in lengths)
 
-    lengths = ("8", "32")
-    minutes = d["variants"]["full"]["train_seconds"] / 60
     yield (
-        f"questions about motion ({', '.join(MOTION_KINDS)}) at {' and '.join(lengths)} frames, after "
-        f"{minutes:.0f} minutes of training: with the temporal encoder, and without it",
-        "; ".join(f"{motion('full', n):.0%} and {motion('still', n):.0%}" for n in lengths),
-        "20 points; over all kinds that need order "
-        + "; ".join(f"{told['full'][n]['order']:.0%} and {told['still'][n]['order']:.0%}" for n in lengths),
+        f"{asked}: with the temporal encoder, and without it",
+        f"{shares('full')}; {shares('still')}",
+        "20 points from 32 frames on; with every other chunk left out of the answer "
+        f"{shares('full, one in two')}; {shares('still, one in two')}",
     )
+    others = {
+        "unpooled": "not pooled over time, four times the tokens",
+        "unpooled, tokens of full": "the same, as many tokens as pooled ones",
+        "both-ways": "a backward scan in each chunk, too",
+        "pooled-2x2": "2 × 2 places pooled, too, a quarter of the tokens",
+    }
+    if any(name in of for name in others):
+        yield (
+            "the same, of other variants",
+            "; ".join(f"{told}: {shares(name)}" for name, told in others.items() if name in of),
+            "pooling costs 2 points or less",
+        )
 
 
 def of_soak(d: dict[str, Any]) -> Rows:
@@ -163,12 +171,12 @@ def of_soak(d: dict[str, Any]) -> Rows:
         f"{d['committed_p50_ms'] / 1e3:.1f} and {d['committed_p95_ms'] / 1e3:.1f} s",
         f"a commit every {d['barrier_interval_s']:.0f} s",
     )
-    if "proportional_mb" in d:
-        slopes = [p["slope_mb_per_h"] for name, p in d["processes"].items() if not name.startswith("llm")]
+    if "proportional" in d:
+        whole, each = d["proportional"], [p["proportional_slope_mb_per_h"] for p in d["processes"].values()]
         yield (
-            "memory of that whole job; slope of each process but the LLM's, and of all once its cache is full",
-            f"{d['proportional_mb'] / 1e3:.2f} GB; {min(slopes):.0f} to {max(slopes):.0f} MB/h, "
-            f"{d['slope_mb_per_h_from_minute_13']:.0f} MB/h in all",
+            "memory of that whole job, pages that forked workers share counted once: after five minutes, at the end",
+            f"{whole['settled_mb'] / 1e3:.2f} and {whole['at_the_end_mb'] / 1e3:.2f} GB; {whole['slope_mb_per_h']:.0f} "
+            f"MB/h, {min(each):.0f} to {max(each):.0f} of each process",
             f"{d['restarts']} restarts",
         )
     elif "all" in d["memory"]:

@@ -133,8 +133,8 @@ class Stage:
                 raise ValueError(f"{where}: {name} is {getattr(self, name)}; expected 1 or more")
         if 0 < self.schedule_steps < self.steps:
             raise ValueError(
-                f"{where}: schedule_steps is {self.schedule_steps} and steps is {self.steps}; expected as many or more, "
-                "or 0 for as many: the learning rate would rise again behind the schedule's end"
+                f"{where}: schedule_steps is {self.schedule_steps} and steps is {self.steps}; expected as many "
+                "or more, or 0 for as many: the learning rate would rise again behind the schedule's end"
             )
         if not 0.0 <= self.backwards <= 1.0:
             raise ValueError(f"{where}: backwards is {self.backwards}; expected a share, 0 to 1")
