@@ -257,7 +257,7 @@ def sample_frames(
     images: list[np.ndarray] = []
     for index, frame in walk_grid(timer, grid):
         if len(images) >= limits.max_sampled(frame_hw):
-            timer.too_long = True
+            timer.too_long = f"max_sampled_bytes={limits.max_sampled_bytes}"
             break
         assert frame is not None, f"the frame of grid index {index} was not decoded"
         indices.append(index)
@@ -298,7 +298,7 @@ def notices(
         detail = f"kept {timer.n_kept} frames; of the others {', '.join(losses)}"
         letters.append(DeadLetter.of(meta, "damaged", detail))
     if timer.too_long:
-        detail = f"kept the first {timer.n_kept} frames; the rest is over the limits on a segment ({timer.limits})"
+        detail = f"kept the first {timer.n_kept} frames; the rest is over the limit on a segment, {timer.too_long}"
         letters.append(DeadLetter.of(meta, "too_long", detail))
     return tuple(letters)
 
@@ -462,7 +462,7 @@ class Decode:
         return failed_segment(segment.meta, self.frame_hw, (letter,))
 
     def decode_range(self, file: FileRange, meta: SegmentMeta) -> DecodedSegment:
-        """Decode a part of a file.
+        """Decode a part of a file, within `DecodeLimits.of_file`.
 
         Raises:
             MediaError: As `decode_segment`; and `unreadable`.
@@ -476,7 +476,7 @@ class Decode:
                 pts_range=(file.start_pts, file.stop_pts),
                 keep_from_pts=file.keep_from_pts,
                 origin_pts=file.origin_pts,
-                limits=self.limits,
+                limits=self.limits.of_file(),
                 with_picture=self.pace.due(meta.stream_id),
                 dense_streams=self.dense_streams,
             )

@@ -19,8 +19,20 @@ import pyarrow as pa
 
 from .in_hand import MarkFile
 from .ordering import ReorderBuffer
-from .rows import Barrier, Chunk, DecodedSegment, EncodedSegment, LaneNews, Picture, Row, SegmentMeta, block_of, rows_of
-from .sampling import FrameChunk, GridSpec, SamplerState, assemble_chunks, flush, step_sampler
+from .rows import (
+    Barrier,
+    Chunk,
+    DeadLetter,
+    DecodedSegment,
+    EncodedSegment,
+    LaneNews,
+    Picture,
+    Row,
+    SegmentMeta,
+    block_of,
+    rows_of,
+)
+from .sampling import NS_PER_S, FrameChunk, GridSpec, Sampled, SamplerState, assemble_chunks, flush, step_sampler
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 
 if TYPE_CHECKING:
@@ -31,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 STEP_NAME = "encode"
 SNAPSHOT_VERSION = 2
+LATE_NS = NS_PER_S  # by which a segment may overlap what came before it without a word: times of records are rough
+REASONS = {
+    "late": "frames with times that its session had passed already were not used; a notice, as `damaged` is",
+}
+"""Every `reason` of a dead letter that encoding writes."""
+
 SCENE_SHARE = 0.7  # of the picture that must have changed: an object that comes or goes is no scene
 
 OnNews = Callable[[LaneNews], None]
@@ -92,6 +110,7 @@ class Encoder:
         if stream is None:
             stream = self.init_stream(meta)
         sampled = step_sampler(stream.sampler, decoded, self.grid)
+        late = _late_notice(stream.sampler, decoded, sampled, self.grid)
         ready, pending = assemble_chunks(stream.pending, sampled.frames, sampled.grid_indices, self.chunk_frames)
         stream = replace(stream, meta=meta, sampler=sampled.state, pending=pending)
         for frames in ready:
@@ -106,7 +125,7 @@ class Encoder:
             meta=meta,
             chunks=tuple(chunks),
             closed_sessions=tuple(closed),
-            dead_letters=decoded.dead_letters,
+            dead_letters=(*decoded.dead_letters, *late),
             n_frames=decoded.n_frames,
             n_sampled=len(sampled.grid_indices),
         )
@@ -245,6 +264,22 @@ class Encode:
         streams = unpack_snapshot(STEP_NAME, SNAPSHOT_VERSION, blob)
         device = self._encoder.model.device
         return {name: _unpack_stream(s, device) for name, s in streams.items()}
+
+
+def _late_notice(
+    before: SamplerState, decoded: DecodedSegment, sampled: Sampled, grid: GridSpec
+) -> tuple[DeadLetter, ...]:
+    """Say that a segment's clock has jumped back, so that not all of it could be used; nothing where it has not."""
+    if decoded.failed or not before.next_grid_index:
+        return ()
+    passed_ns = decoded.meta.session_start_ns + grid.elapsed_ns(before.next_grid_index - 1)
+    if passed_ns - decoded.first_ns <= LATE_NS:
+        return ()
+    detail = (
+        f"its first frame lies {(passed_ns - decoded.first_ns) / NS_PER_S:.1f} s before what its session had come to: "
+        f"used {len(sampled.grid_indices)} of its frames; do `start_ns` and the timestamps of its media rise?"
+    )
+    return (DeadLetter.of(decoded.meta, "late", detail),)
 
 
 def _scene_score(before: np.ndarray | None, after: np.ndarray) -> float:

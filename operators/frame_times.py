@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Generic, Protocol, TypeVar
 
@@ -15,6 +15,9 @@ Frame = TypeVar("Frame")
 FrameOut = TypeVar("FrameOut", covariant=True)
 
 
+FILE_FRAMES = 216_000  # of a part of a file, which may be all of it: 2.4 hours at 25 fps, ten minutes' work in 1080p
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """What one segment may cost. The defaults are far over anything meant to be a segment."""
@@ -24,6 +27,11 @@ class DecodeLimits:
     max_frames: int = 36_000  # frames decoded of a segment: ten minutes at 60 fps
     max_sampled_bytes: int = 1 << 30  # RGB of a segment's sampled frames: 1,783 of 448x448, 15 minutes at 2 fps
     max_span_ns: int = 3600 * NS_PER_S  # a frame's time from the first: one wild timestamp must not end a session
+    max_leap_ns: int = 3600 * NS_PER_S  # and from the frame before, which is what counts in a long part of a file
+
+    def of_file(self) -> DecodeLimits:
+        """Return the limits on a part of a file. One that cannot be cut is a single part, however long it is."""
+        return replace(self, max_frames=FILE_FRAMES, max_span_ns=FILE_FRAMES * self.max_leap_ns)
 
     def max_sampled(self, frame_hw: tuple[int, int]) -> int:
         """Return how many sampled frames of a size `max_sampled_bytes` are."""
@@ -58,8 +66,8 @@ class FrameTimer(Generic[Frame]):
         self.clock = clock
         self.limits = limits
         self.n_kept = 0
-        self.n_fallen = 0  # frames with a time before an earlier one's, or too far from the first's
-        self.too_long = False
+        self.n_fallen = 0  # frames with a time before an earlier one's, or too far from the first's or the last's
+        self.too_long = ""  # the limit that was reached
         self.first_ns = meta.start_ns
         self.tail_ns = meta.start_ns
         self.tail: Frame | None = None
@@ -68,16 +76,21 @@ class FrameTimer(Generic[Frame]):
         for ticks, frame in self.reader:
             clock = self.clock = self.clock or self.clock_of_segment(ticks)
             time_ns = clock.time_ns(ticks)
-            if self.n_kept and not self.tail_ns <= time_ns <= self.first_ns + self.limits.max_span_ns:
+            if self.n_kept and not self.tail_ns <= time_ns <= self.latest_ns:
                 self.n_fallen += 1
                 continue
             if self.n_kept >= self.limits.max_frames:
-                self.too_long = True
+                self.too_long = f"max_frames={self.limits.max_frames}"
                 return
             self.first_ns = time_ns if not self.n_kept else self.first_ns
             self.n_kept += 1
             self.tail_ns, self.tail = time_ns, frame
             yield time_ns - self.meta.session_start_ns, frame
+
+    @property
+    def latest_ns(self) -> int:
+        """Return the latest time that the next frame may have."""
+        return min(self.first_ns + self.limits.max_span_ns, self.tail_ns + self.limits.max_leap_ns)
 
     def clock_of_segment(self, ticks: int) -> MediaClock:
         """Return the clock that puts the segment's first frame at its `start_ns`.

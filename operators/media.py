@@ -79,7 +79,8 @@ def sniff_image(data: Buffer) -> str | None:
     return next((codec for magic, codec in IMAGE_CODECS.items() if head.startswith(magic)), None)
 
 
-SEEK_MARGIN_S = 1  # containers seek by decoding times, which may lie this much before those of a keyframe's display
+SEEK_MARGIN_S = 1  # containers seek by decoding times, which may lie this much before those of a keyframe's display,
+SEEK_MARGIN_FRAMES = 16  # or so many frames: H.264 and HEVC hold back no more to reorder them
 REMOTE_READ_BYTES = 1 << 20  # of a file that is not on a disk of ours, at once
 
 
@@ -143,14 +144,12 @@ def open_video_stream(container: InputContainer, *, max_frame_px: int = MAX_FRAM
     Raises:
         MediaError: `no_video`, `no_decoder` or `too_large`.
     """
-    videos = [s for s in container.streams.video if not is_cover(s)]
-    if not videos:
+    stream = choose_video_stream(container)
+    if all(is_cover(s) for s in container.streams.video):
         kinds = ", ".join(sorted({s.type or "unknown" for s in container.streams})) or "none"
         raise MediaError("no_video", f"{container.format.name} without a video stream; its streams: {kinds}")
-    decodable = [s for s in videos if s.codec_context is not None]  # without one a stream has no size either
-    if not decodable:
+    if stream is None:
         raise MediaError("no_decoder", f"{container.format.name} with a video codec that this FFmpeg cannot decode")
-    stream = max(decodable, key=lambda s: (s.width or 0) * (s.height or 0))
     n_px = (stream.width or 0) * (stream.height or 0)
     if n_px > max_frame_px:
         raise MediaError(
@@ -161,9 +160,37 @@ def open_video_stream(container: InputContainer, *, max_frame_px: int = MAX_FRAM
     return stream
 
 
+def choose_video_stream(container: InputContainer) -> VideoStream | None:
+    """Return a container's largest video stream that can be decoded and is no attached cover; None without one."""
+    videos = [s for s in container.streams.video if not is_cover(s)]
+    decodable = [s for s in videos if s.codec_context is not None]  # without one a stream has no size either
+    return max(decodable, key=lambda s: (s.width or 0) * (s.height or 0), default=None)
+
+
 def is_cover(stream: VideoStream) -> bool:
     """Whether a video stream is a still picture attached to its container."""
     return bool(stream.disposition & Disposition.attached_pic)
+
+
+def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """Yield a stream's packets up to the end, the last of them empty.
+
+    PyAV 18 raises IndexError at the end of a file in which a further stream has begun on the way; all packets have come
+    by then.
+
+    Raises:
+        av.error.FFmpegError: If the container breaks off.
+    """
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError:
+            log.debug("container with a stream that begins later")
+            return
+        if packet is None:
+            return
+        yield packet
 
 
 def limit_decoder(context: CodecContext, max_frame_px: int) -> None:
@@ -285,10 +312,12 @@ class VideoReader:
         """Yield the packets of the range. A container that breaks off has simply ended, with an error to count."""
         start_pts, stop_pts = self.pts_range
         if start_pts is not None:
-            self.container.seek(start_pts - round(SEEK_MARGIN_S / self.time_base), stream=self.stream)
+            rate = self.stream.average_rate or self.stream.guessed_rate or FALLBACK_FPS
+            margin_s = max(SEEK_MARGIN_S, SEEK_MARGIN_FRAMES / rate)
+            self.container.seek(start_pts - round(margin_s / self.time_base), stream=self.stream)
         started = start_pts is None
         try:
-            for packet in self.container.demux(self.stream):
+            for packet in demuxed(self.container, self.stream):
                 pts = packet.pts if packet.is_keyframe else None
                 if stop_pts is not None and pts is not None and pts >= stop_pts:
                     return
@@ -298,9 +327,6 @@ class VideoReader:
         except av.error.FFmpegError as error:
             log.debug("container broke off error=%s", error)
             self.n_errors += 1
-        except IndexError:
-            # PyAV 18, at the end of a file in which a further stream has begun on the way; all packets have come.
-            log.debug("container with a stream that begins later")
 
     def read_ahead(self, max_bytes: int) -> list[av.Packet] | None:
         """Read all packets before any is decoded, or None if they are more; either way iterate afterwards."""

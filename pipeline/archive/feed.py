@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +48,25 @@ class ArchiveFeed:
         root: The output folder.
         options: What to archive.
         tell: Told what is found, in a sentence.
+        now_ns: The clock that tells how old a file is.
     """
 
     identity: Mapping[str, str] = MappingProxyType({"source": TOPIC})  # such a folder is not one of live streams
 
-    def __init__(self, root: Path, options: ArchiveOptions, tell: Callable[[str], None]):
+    def __init__(
+        self,
+        root: Path,
+        options: ArchiveOptions,
+        tell: Callable[[str], None],
+        now_ns: Callable[[], int] = time.time_ns,
+    ):
         self.root = root.absolute()
         self.options = options
         self._list = WorkList(self.root)
         self._tell = tell
+        self._now_ns = now_ns
+        self._n_partitions = 1
+        self._seen: dict[str, tuple[int, int]] = {}  # size and date by address, at the last look
 
     @property
     def plan(self) -> ArchivePlan:
@@ -84,6 +95,7 @@ class ArchiveFeed:
         """Bring the list up to date, and return its partitions; the supervisor calls it before lanes start."""
         items = self._list.read()
         count = max(lanes, *(item.partition + 1 for item in items)) if items else lanes
+        self._n_partitions = count
         self._add(find_videos(self.options.sources), items, count)
         return [(TOPIC, partition) for partition in range(count)]
 
@@ -102,8 +114,7 @@ class ArchiveFeed:
 
     def look_again(self) -> None:
         """Add what is new to the list, which the running lanes follow."""
-        items = self._list.read()
-        self._add(find_videos(self.options.sources), items, max(item.partition for item in items) + 1 if items else 1)
+        self._add(find_videos(self.options.sources), self._list.read(), self._n_partitions)
 
     def _to_retry(self, items: Sequence[WorkItem]) -> list[WorkItem]:
         if not self.options.retry_failed:
@@ -114,12 +125,23 @@ class ArchiveFeed:
         return [item for item in newest.values() if item in failed and is_done(item, offsets)]
 
     def _add(self, found: Sequence[FoundVideo], items: Sequence[WorkItem], count: int) -> None:
-        new = _placed(items, self._drafts(found, items), count)
+        new = _placed(items, self._drafts(self._settled(found), items), count)
         self._list.append(new)
         if new:
             changed = sum(item.version > 1 for item in new)
             more = f", {changed} of them changed" if changed else ""
             self._tell(f"{len(new):,} new video(s){more}; {len(items):,} known before")
+
+    def _settled(self, found: Sequence[FoundVideo]) -> list[FoundVideo]:
+        """Leave out what somebody may still be writing, where there will be another look.
+
+        That is what has changed since the last look, or is new, unless its date is older than a look ago.
+        """
+        if not self.options.watch_s:
+            return list(found)
+        before, self._seen = self._seen, {video.uri: (video.n_bytes, video.mtime_ns) for video in found}
+        old_ns = self._now_ns() - round(self.options.watch_s * 1e9)
+        return [v for v in found if v.mtime_ns < old_ns or before.get(v.uri) == (v.n_bytes, v.mtime_ns)]
 
     def _drafts(self, found: Sequence[FoundVideo], items: Sequence[WorkItem]) -> list[_Draft]:
         """Return what is to be added to the list: what is new, and what has changed."""

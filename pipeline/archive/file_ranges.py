@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import av
 import av.error
 
-from ...operators.media import ffmpeg_errors, first_line, open_media, open_video_stream, opened_uri
+from ...operators.media import demuxed, ffmpeg_errors, first_line, open_media, open_video_stream, opened_uri
 from ..publish.gops import h264_starts_clean, nal_length_bytes
 from ..publish.segmenter import has_true_pts
 
@@ -148,7 +148,7 @@ class _Gops:
         is_h264, length_bytes = context.name == "h264", nal_length_bytes(context.extradata)
         gop: _Gop | None = None
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in demuxed(self._container, self._stream):
                 if not packet.size:
                     continue
                 if packet.is_keyframe:

@@ -18,7 +18,7 @@ from ..durable_files import make_folder, temporary_path
 from ..tables import DEAD_LETTERS
 from .work_list import RANGES_PER_VIDEO, TOPIC, WorkItem, WorkList, committed_offsets, is_done
 
-NOTICES = ("damaged",)  # reasons of dead letters with which a video still counts as done
+NOTICES = ("damaged", "late")  # reasons of dead letters with which a video still counts as done
 VIDEOS_NAME = "videos.parquet"
 SCHEMA = pa.schema(
     [

@@ -27,6 +27,8 @@ VIDEO_SUFFIXES = frozenset(
 )
 FINITE_SCHEMES = ("http", "https", "rtsp", "rtsps")  # these may also give files, not only live streams
 PLAYLIST_FORMATS = ("hls", "dash")
+UNTIMED_FORMATS = ("mpjpeg",)  # cameras' JPEGs over HTTP: FFmpeg would count them as 25 a second
+WALL_CLOCK = "use_wallclock_as_timestamps"  # FFmpeg's option: a packet's time is when it came
 TIMEOUT_S = 10.0  # for connecting, and for a live stream that falls silent
 SHAPES_KEYFRAME_MS = 1000
 
@@ -62,13 +64,14 @@ def expand_sources(sources: Sequence[str], stream_id: str | None = None) -> list
         stream_id: Name of the stream, where there is only one.
 
     Raises:
-        PublishError: If something is not there, holds no videos, or two streams would have one name.
+        PublishError: If something is not there, holds no videos, is no address, or two streams would have one name.
     """
     specs = [spec for source in sources for spec in _expand(source)]
     if stream_id is not None:
         if len(specs) != 1:
             raise PublishError(
-                f"--stream-id names one stream, but {', '.join(sources)} gives {len(specs)}; leave it out"
+                f"--stream-id names one stream, but {', '.join(map(without_password, sources))} gives {len(specs)}; "
+                "leave it out"
             )
         return [SourceSpec(specs[0].source, specs[0].kind, stream_id)]
     by_id: dict[str, SourceSpec] = {}
@@ -111,8 +114,16 @@ def _file_spec(path: Path) -> SourceSpec:
 
 
 def _url_stream_id(url: str) -> str:
-    parts = urlsplit(url)
-    text = f"{parts.hostname or ''}-{parts.port or ''}-{parts.path.rpartition('.')[0] or parts.path}"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        # Not `from error`: it quotes what it took for a port, often a piece of a password.
+        raise PublishError(
+            f"{url.partition('://')[0]}://…: its host or port cannot be read; in a user's name or a password write "
+            "%23 for #, %2F for /, %3F for ?, %40 for @, %5B for ["
+        ) from None
+    text = f"{parts.hostname or ''}-{port or ''}-{parts.path.rpartition('.')[0] or parts.path}"
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-") or "stream"
 
 
@@ -125,7 +136,7 @@ def without_password(url: str) -> str:
 
 
 class MediaInput:
-    """An opened file, device, URL or standard input: one pass over its video.
+    """An opened file, device, URL or standard input: one pass over its video, the largest where there are several.
 
     Use it in a `with` block, or `close` it.
 
@@ -138,13 +149,15 @@ class MediaInput:
     """
 
     def __init__(self, spec: SourceSpec, options: Mapping[str, str] | None = None):
+        from ...operators.media import choose_video_stream
+
         self.spec = spec
         self._container = _open_container(spec, options or {})
-        video = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
-        if not video:
+        stream = choose_video_stream(self._container)
+        if stream is None:
             self._container.close()
-            raise InputError(f"{spec.name} has no video stream")
-        self.stream: av.VideoStream = video[0]
+            raise InputError(f"{spec.name} has no video stream that this FFmpeg can decode")
+        self.stream: av.VideoStream = stream
         self.is_live = self._decide_live()
 
     def packets(self) -> Iterator[av.Packet]:
@@ -155,7 +168,9 @@ class MediaInput:
         """
         from av.error import FFmpegError
 
-        packets = self._container.demux(self.stream)
+        from ...operators.media import demuxed
+
+        packets = demuxed(self._container, self.stream)
         while True:
             try:
                 packet = next(packets, None)
@@ -245,6 +260,14 @@ def open_input(spec: SourceSpec, options: Mapping[str, str] | None = None) -> Me
 
 
 def _open_container(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
+    container = _open(spec, options)
+    if spec.kind == "url" and container.format.name in UNTIMED_FORMATS and WALL_CLOCK not in options:
+        container.close()
+        container = _open(spec, {**options, WALL_CLOCK: "1"})
+    return container
+
+
+def _open(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
     import av
     from av.error import FFmpegError
 

@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...operators.errors import PublishError
+from .clock_jumps import JumpFinder
 from .gops import Gop, GopReader
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ Method = Literal["auto", "copy", "transcode"]
 MS = Fraction(1, 1000)  # Matroska's time base
 CONTENT_TYPE = "video/x-matroska"
 UNCODED = ("rawvideo", "wrapped_avframe", "v210", "v410", "r210", "yuv4", "bitpacked")  # far too large to send
-MOST_PENDING_BYTES = 256 << 20  # of one group of pictures; more is a stream that has no keyframes
+MOST_PENDING_BYTES = 256 << 20  # of one group of pictures; more is a stream that has no keyframes. Of a segment, too
 # bitexact leaves out what differs from run to run; times must not be shifted where dts are below 0.
 MATROSKA_OPTIONS = {"fflags": "+bitexact", "avoid_negative_ts": "disabled"}
 
@@ -101,7 +102,8 @@ class Segmenter:
         method: `copy` never re-encodes and drops leading frames of open groups (counted in `n_dropped`),
             `transcode` always does, `auto` copies until something cannot be copied and transcodes from there.
         bitrate: Of transcoded video in bits a second; None for constant quality.
-        max_pending_bytes: A group larger than this raises before it is complete, to bound memory.
+        max_pending_bytes: A group larger than this raises before it is complete, to bound memory; a segment is cut
+            before it has more, whatever its length.
         on_notice: Told in a sentence what a user should know, once each.
     """
 
@@ -119,27 +121,39 @@ class Segmenter:
         self._bitrate = bitrate
         self._max_pending_bytes = max_pending_bytes
         self._notify = on_notice or (lambda text: None)
-        self._grouper = SegmentGrouper(segment_ms)
+        self._grouper = SegmentGrouper(segment_ms, max_pending_bytes)
         self._transcoder: Transcoder | None = None
         self._encoded = GopReader("encoded")
         self.transcoding = method == "transcode"
         self.n_dropped = 0  # leading frames left out by `copy`
-        self.n_skipped = 0  # packets before the first keyframe
+        self.n_skipped = 0  # packets before the first keyframe, or before the first one of new times
+        self._has_told_of_jumps = False
 
     @property
     def has_frames(self) -> bool:
         """Whether anything came that can be sent."""
         return self._grouper.stop_ms > 0
 
-    def start_pass(self, stream: av.VideoStream) -> None:
+    def start_pass(self, stream: av.VideoStream, live_ms: Callable[[], int] | None = None) -> None:
         """Begin reading a stream from its start; its first frame follows on the last one of the pass before.
+
+        Args:
+            stream: Opened.
+            live_ms: Tells the session's time by the clock on the wall, for a source where that counts: what comes after
+                its timestamps have jumped is put there, or right after what came before, whichever is later.
 
         Raises:
             PublishError: If `copy` is asked of a codec that cannot be copied.
         """
-        context = stream.codec_context
         self._stream = stream
-        self._clock = PassClock(stream.time_base or MS, self._grouper.stop_ms)
+        self._live_ms = live_ms
+        self._jumps = JumpFinder(stream.time_base or MS)
+        self._start_run(self._grouper.stop_ms)
+
+    def _start_run(self, offset_ms: int) -> None:
+        """Begin with packets whose times belong together; the first frame is at `offset_ms`."""
+        stream, context = self._stream, self._stream.codec_context
+        self._clock = PassClock(stream.time_base or MS, offset_ms)
         self._gops = GopReader(context.name, context.extradata, merge_unclean=self._method == "copy")
         self._previous: Gop | None = None
         if not self.transcoding:
@@ -156,10 +170,18 @@ class Segmenter:
     def push(self, packet: av.Packet) -> Iterator[MediaSegment]:
         """Take the next packet; yield the segments that it completes.
 
+        A keyframe whose time falls back, or leaps far ahead, begins a segment that follows on what came before.
+
         Raises:
             PublishError: If `copy` meets packets without times.
             GopTooLargeError: If a group outgrows `max_pending_bytes`.
         """
+        for placed in self._jumps.push(packet):
+            yield from self._push(placed.packet, placed.jump_s)
+
+    def _push(self, packet: av.Packet, jump_s: float) -> Iterator[MediaSegment]:
+        if jump_s:
+            yield from self._start_anew(jump_s)
         if self._transcoder is not None:
             yield from self._group_encoded(self._transcoder.push(packet))
             return
@@ -171,6 +193,29 @@ class Segmenter:
 
     def end_pass(self) -> Iterator[MediaSegment]:
         """Take in what is left at the end of the input; yield what is complete, always leaving something open."""
+        for placed in self._jumps.flush():
+            yield from self._push(placed.packet, placed.jump_s)
+        self.n_skipped += self._jumps.n_skipped
+        yield from self._end_run()
+
+    def _start_anew(self, jump_s: float) -> Iterator[MediaSegment]:
+        """Go on with packets of other times, as after a loop; nothing of before and after shares a segment."""
+        if not self._has_told_of_jumps:
+            how = "fall back" if jump_s < 0 else "leap ahead"
+            self._notify(
+                f"has timestamps that {how} by {abs(jump_s):,.1f} s: "
+                "what follows is taken as going on after what came before (told once a session)"
+            )
+        self._has_told_of_jumps = True
+        yield from self._end_run()
+        open_segment = self._grouper.close()
+        if open_segment is not None:
+            yield open_segment
+        if self.transcoding:
+            self._stream.codec_context.flush_buffers()  # it was drained
+        self._start_run(max(self._grouper.stop_ms, self._live_ms() if self._live_ms else 0))
+
+    def _end_run(self) -> Iterator[MediaSegment]:
         if self._transcoder is None:
             gop = self._gops.flush()
             self.n_skipped += self._gops.n_skipped
@@ -226,7 +271,8 @@ class Segmenter:
         first_ms, pts = self._grouper.first_ms, self._gops.pending_pts
         if first_ms is None or pts is None or self._clock.origin_pts is None:
             return
-        if self._clock.ms(pts) - first_ms >= self._segment_ms:
+        is_full = self._grouper.n_bytes + self._gops.pending_bytes > self._max_pending_bytes
+        if is_full or self._clock.ms(pts) - first_ms >= self._segment_ms:
             segment = self._grouper.close()
             if segment is not None:
                 yield segment
@@ -268,11 +314,13 @@ class Segmenter:
 
 
 class SegmentGrouper:
-    """Puts whole groups of pictures together into segments of about one length."""
+    """Puts whole groups of pictures together into segments of about one length, and of so many bytes at most."""
 
-    def __init__(self, segment_ms: int):
+    def __init__(self, segment_ms: int, max_bytes: int):
         self._segment_ms = segment_ms
+        self._max_bytes = max_bytes
         self._packets: list[TimedPacket] = []
+        self.n_bytes = 0  # of the open segment
         self._template: av.VideoStream | None = None
         self.first_ms: int | None = None  # of the open segment
         self.stop_ms = 0  # of everything taken
@@ -287,11 +335,14 @@ class SegmentGrouper:
         """
         first_ms = min(p.pts_ms for p in gop)
         stop_ms = max(p.stop_ms for p in gop)
-        if self.first_ms is not None and stop_ms - self.first_ms > self._segment_ms:
+        n_bytes = sum(p.packet.size for p in gop)
+        is_full = self.n_bytes + n_bytes > self._max_bytes
+        if self.first_ms is not None and (is_full or stop_ms - self.first_ms > self._segment_ms):
             yield from self._closed()
         if self.first_ms is None:
             self.first_ms = first_ms
         self._packets.extend(gop)
+        self.n_bytes += n_bytes
         self._template = template
         self.stop_ms = max(self.stop_ms, stop_ms)
         if may_close and (stop_ms - self.first_ms) + (stop_ms - first_ms) > self._segment_ms:
@@ -304,6 +355,7 @@ class SegmentGrouper:
         data = write_matroska(self._template, self._packets)
         segment = MediaSegment(data, self.first_ms, self.stop_ms, len(self._packets), end)
         self._packets = []
+        self.n_bytes = 0
         self.first_ms = None
         return segment
 

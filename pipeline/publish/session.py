@@ -81,6 +81,7 @@ class PublishSession:
         self._stop = stop
         self._on_segment = on_segment
         self._ended = False
+        self._first_key_s: float | None = None  # monotonic, when the first keyframe was read
         self._pace_origin_s: float | None = None  # monotonic; None: not paced
         self._truth: TruthWriter | None = None
 
@@ -120,16 +121,22 @@ class PublishSession:
             passed += 1
 
     def _run_pass(self, source: MediaInput | ShapesInput) -> None:
-        self.segmenter.start_pass(source.stream)
+        self.segmenter.start_pass(source.stream, self._live_ms if source.is_live else None)
         for packet in source.packets():
             if self._stop.is_set():
                 break
+            if packet.is_keyframe and self._first_key_s is None:
+                self._first_key_s = time.monotonic()
             if self._start_ns is None and packet.is_keyframe:
                 self._start_ns = time.time_ns() // MS_NS * MS_NS
             self._send_all(self.segmenter.push(packet))
             if self._ended:
                 return
         self._send_all(self.segmenter.end_pass())
+
+    def _live_ms(self) -> int:
+        """Return how long ago the first keyframe was read."""
+        return round((time.monotonic() - (self._first_key_s or time.monotonic())) * 1000)
 
     def _finish(self) -> None:
         if not self._ended:

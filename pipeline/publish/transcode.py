@@ -36,9 +36,19 @@ class FrameEncoder:
         rate: Nominal frames a second, for rate control alone: frames carry their own times.
         keyframe_ms: A frame that is the first at or after a multiple of this is a keyframe.
         bitrate: In bits a second; None for constant quality.
+        orientation: How players are to set the frames upright (`operators.rgb.orientation`).
     """
 
-    def __init__(self, width: int, height: int, rate: Fraction, *, keyframe_ms: int, bitrate: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        rate: Fraction,
+        *,
+        keyframe_ms: int,
+        bitrate: int | None = None,
+        orientation: tuple[bool, bool, bool] = (False, False, False),
+    ):
         import av
 
         self._holder = av.open(io.BytesIO(), "w", format="matroska", options=MATROSKA_OPTIONS)
@@ -48,6 +58,9 @@ class FrameEncoder:
         stream.codec_context.time_base = MS
         if bitrate is not None:
             stream.bit_rate = bitrate
+        if any(orientation):
+            transposed, flip_y, flip_x = orientation  # a quarter turn is to transpose, then to flip rows
+            stream.set_display_rotation(90 * transposed, hflip=flip_x, vflip=flip_y != transposed)
         self._holder.start_encoding()  # opens the codec and fills in the parameters that a copy needs
         self.template = stream
         self._keyframe_ms = keyframe_ms
@@ -154,9 +167,16 @@ class Transcoder:
             return
         self._last_ms = ms
         if self._encoder is None:
+            from ...operators.rgb import orientation
+
             rate = self._stream.average_rate or Fraction(1000, USUAL_FRAME_MS)
             self._encoder = FrameEncoder(
-                frame.width, frame.height, rate, keyframe_ms=self._keyframe_ms, bitrate=self._bitrate
+                frame.width,
+                frame.height,
+                rate,
+                keyframe_ms=self._keyframe_ms,
+                bitrate=self._bitrate,
+                orientation=orientation(frame),
             )
         yield from self._encoder.encode(frame, ms, max(1, self._clock.ms(pts + duration) - ms))
 

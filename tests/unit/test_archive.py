@@ -12,9 +12,12 @@ from archive_clips import OPEN_GOPS, write_clip, write_sound
 
 from stormline.operators.decode import Decode, decode_file
 from stormline.operators.errors import CheckpointError, SettingsError
+from stormline.operators.media import open_media
 from stormline.operators.rows import Barrier, Segment
 from stormline.operators.sampling import GridSpec, SamplerState, step_sampler
+from stormline.pipeline.archive import file_ranges
 from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions, ArchivePlan
+from stormline.pipeline.archive.file_ranges import cut_file
 from stormline.pipeline.archive.find_videos import find_videos
 from stormline.pipeline.archive.outcomes import outcomes
 from stormline.pipeline.archive.source import ArchiveReader, ArchiveSourcePlan, Pace, segments_of
@@ -73,6 +76,46 @@ def test_ranges_when_a_file_is_cut_then_together_they_give_each_frame_once(clips
     assert sampled(parts) == sampled([whole])
     assert [letter for part in parts for letter in part.dead_letters] == []
     assert any(s.file.keep_from_pts is not None for s in segments) == (kind == "open")
+
+
+@pytest.mark.parametrize("fps", [1, 2])
+def test_ranges_when_frames_are_decoded_long_before_they_are_shown_then_none_is_lost(fps, tmp_path):
+    """Containers are entered by decoding times: with B-frames at one frame a second, three seconds too late."""
+    path = write_clip(tmp_path / "slow.ts", 40, fps=fps, bf="3", g="10", x264opts="b-adapt=0:b-pyramid=normal")
+    segments = list(segments_of(item_of(path), range_s=5.0))
+
+    parts = [through_a_lane(segment) for segment in segments]
+
+    assert len(segments) >= 4
+    assert [part.n_frames for part in parts] == [10] * len(parts)
+    assert [letter for part in parts for letter in part.dead_letters] == []
+
+
+class EndsInIndexError:
+    """A container as PyAV 18 reads it where a further stream begins on the way."""
+
+    def __init__(self, container):
+        self._container = container
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._container.close()
+
+    def demux(self, stream):
+        yield from self._container.demux(stream)
+        raise IndexError("list index out of range")
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+
+def test_ranges_when_a_further_stream_begins_late_then_all_of_them_come(clips, monkeypatch):
+    whole = list(cut_file(str(clips["closed"]), 2.0))
+    monkeypatch.setattr(file_ranges, "open_media", lambda source: EndsInIndexError(open_media(source)))
+
+    assert list(cut_file(str(clips["closed"]), 2.0)) == whole
 
 
 def test_ranges_when_going_on_in_the_midst_then_the_same_as_from_the_start(clips):
@@ -193,6 +236,48 @@ def test_feed_when_run_again_then_only_new_and_changed_videos_are_added(tmp_path
         ("b.mp4@2", "v2", 2),
         ("c d.mp4", "v1", 3),
     ]
+
+
+def test_feed_when_watching_then_a_file_that_grows_is_taken_once_it_rests(tmp_path):
+    videos, out, now_ns = tmp_path / "videos", tmp_path / "out", 10**18
+    videos.mkdir()
+    growing = videos / "growing.ts"
+    feed = ArchiveFeed(out, ArchiveOptions([str(videos)], watch_s=30), lambda text: None, now_ns=lambda: now_ns)
+
+    def look(age_s=0):
+        os.utime(growing, ns=(now_ns - age_s * 10**9,) * 2)
+        feed.look_again()
+        return [(i.stream_id, i.partition, i.n_bytes) for i in WorkList(out).read()]
+
+    (videos / "old.ts").write_bytes(b"old")
+    os.utime(videos / "old.ts", ns=(now_ns - 31 * 10**9,) * 2)
+    growing.write_bytes(b"1")
+    os.utime(growing, ns=(now_ns, now_ns))
+    feed.partitions(2)
+    assert [i.stream_id for i in WorkList(out).read()] == ["old.ts"]
+    for n_bytes in (2, 3, 4):
+        growing.write_bytes(bytes(n_bytes))
+        now_ns += 30 * 10**9
+        assert look() == [("old.ts", 0, 3)]
+    done = [("old.ts", 0, 3), ("growing.ts", 0, 4)]
+    assert look() == done, "not taken once it rested"
+    growing.write_bytes(b"12345")
+    assert look() == done
+    growing.write_bytes(b"123456")
+    assert look(age_s=31) == [*done, ("growing.ts@2", 0, 6)]
+
+
+def test_feed_when_videos_come_while_watching_then_all_lanes_get_some(tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    feed = ArchiveFeed(out, ArchiveOptions([str(videos)], watch_s=30), lambda text: None, now_ns=lambda: 2 * 10**18)
+    feed.partitions(3)
+
+    for name in "abc":
+        (videos / f"{name}.mp4").write_text(name)
+    feed.look_again()
+
+    assert [i.partition for i in WorkList(out).read()] == [0, 1, 2]
 
 
 def test_feed_when_by_hash_then_a_copy_and_a_new_date_are_no_new_videos(tmp_path):

@@ -14,7 +14,7 @@ from small_media import START_NS, make_image, make_meta, make_video, make_video_
 from stormline.operators.decode import REASONS, Decode, DecodeLimits, decode_file, decode_segment
 from stormline.operators.errors import MediaError
 from stormline.operators.media import CONTAINERS, open_media
-from stormline.operators.rows import Barrier, DeadLetter, DecodedSegment, Segment, block_of, rows_of
+from stormline.operators.rows import Barrier, DeadLetter, DecodedSegment, FileRange, Segment, block_of, rows_of
 from stormline.operators.sampling import NS_PER_MS, NS_PER_S, GridSpec, SamplerState, round_half_away, step_sampler
 
 HW = (32, 40)
@@ -347,6 +347,27 @@ def test_decode_segment_when_longer_than_the_limit_then_keeps_the_start_and_says
     assert few.n_frames == 30
     assert len(small.grid_indices) == 3
     assert [d.reason for d in (*few.dead_letters, *small.dead_letters)] == ["too_long", "too_long"]
+
+
+def test_decode_step_when_a_file_cannot_be_cut_then_a_records_limits_do_not_end_it(tmp_path):
+    path = tmp_path / "long.mkv"
+    path.write_bytes(make_video(options=(("g", "1000"),)))
+    step = make_step(limits=DecodeLimits(max_frames=30, max_span_ns=NS_PER_S))
+    segment = Segment(make_meta(), b"", (), FileRange(str(path), None, None, None, None))
+
+    decoded = step.decode(segment)
+
+    assert (decoded.n_frames, decoded.tail_ns) == (60, START_NS + 59 * 40 * NS_PER_MS)
+    assert decoded.dead_letters == ()
+
+
+def test_decode_step_when_a_timestamp_in_a_file_leaps_then_that_frame_alone_is_lost(tmp_path):
+    path = tmp_path / "wild.nut"
+    path.write_bytes(make_video_with_times([0, 40, 80, 120, 7_200_000]))
+
+    decoded = make_step().decode(Segment(make_meta(), b"", (), FileRange(str(path), None, None, None, None)))
+
+    assert (decoded.n_frames, decoded.tail_ns) == (4, START_NS + 120 * NS_PER_MS)
 
 
 def make_step(**changes):

@@ -1,6 +1,7 @@
 """The encode step on real video, cut in many ways: the tokens must be those of one offline pass, bit for bit."""
 
 import io
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -153,6 +154,27 @@ def test_crash_when_resumed_from_a_snapshot_then_as_no_crash(loaded, packets, cu
     after = encode_rows(loaded, everything[cut + 1 :], snapshots=snapshots)
 
     assert comparable(chunks_of(before) + chunks_of(after)) == expected
+
+
+@pytest.mark.parametrize("snapshot_after", [None, 1, 2, 3])
+def test_segment_when_its_clock_has_jumped_back_then_a_notice_tells_what_was_not_used(loaded, packets, snapshot_after):
+    everything = list(segments(packets, [20] * 5 + [5]))
+    for i, back_s in ((2, 3), (3, 10), (4, 0.7)):  # at 1 s, before the session's start, and no worth telling
+        start_ns = everything[i].meta.start_ns - round(back_s * 10**9)
+        everything[i] = replace(everything[i], meta=replace(everything[i].meta, start_ns=start_ns))
+
+    if snapshot_after is None:
+        rows = encode_rows(loaded, everything)
+    else:
+        rows = encode_rows(loaded, everything[: snapshot_after + 1], barrier_after=[snapshot_after])
+        blobs = Barrier.from_row(rows.pop()).snapshots
+        snapshots = {(key.topic, key.partition): bytes(blob) for key, blob in blobs.items()}
+        rows += encode_rows(loaded, everything[snapshot_after + 1 :], snapshots=snapshots)
+
+    told = [EncodedSegment.from_row(row).dead_letters for row in rows]
+    assert [[letter.reason for letter in letters] for letters in told] == [[], [], ["late"], ["late"], [], []]
+    assert "lies 2.5 s before what its session had come to: used 0 of its frames" in told[2][0].detail
+    assert told[2][0].offset == 2
 
 
 def test_session_when_a_new_one_begins_then_the_old_is_flushed_and_the_new_is_as_alone(loaded, packets):

@@ -6,7 +6,9 @@ import io
 import threading
 from fractions import Fraction
 from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,6 +16,9 @@ import pytest
 from archive_proof.scheduling import kept_scheduling
 
 from stormline.operators.errors import PublishError, SettingsError
+from stormline.operators.rgb import RgbConverter
+from stormline.pipeline.publish import session
+from stormline.pipeline.publish.clock_jumps import JumpFinder
 from stormline.pipeline.publish.gops import h264_starts_clean, sei_payload
 from stormline.pipeline.publish.inputs import (
     InputError,
@@ -48,16 +53,31 @@ def picture(i: int) -> np.ndarray:
 
 
 @kept_scheduling()
-def make_video(path: Path, codec: str, options: dict[str, str] | None = None, n_frames: int = N_FRAMES) -> str:
+def make_video(
+    path: Path,
+    codec: str,
+    options: dict[str, str] | None = None,
+    n_frames: int = N_FRAMES,
+    first: int = 0,
+    turned: dict[str, int] | None = None,
+) -> str:
     pixels = {"mjpeg": "yuvj420p"}.get(codec, "yuv420p")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS, options=options or {})
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = WIDTH, HEIGHT, pixels, GOP_FRAMES
+        if turned:
+            stream.set_display_rotation(**turned)
         for i in range(n_frames):
             frame = av.VideoFrame.from_ndarray(picture(i))
-            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            frame.pts, frame.time_base = first + i, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return str(path)
+
+
+def join_files(path: Path, *parts: str) -> str:
+    """Write files one after the other, as `cat` does."""
+    path.write_bytes(b"".join(Path(part).read_bytes() for part in parts))
     return str(path)
 
 
@@ -228,6 +248,41 @@ def test_transcode_cuts_on_the_grid_whatever_the_keyframes(videos):
     assert [(s.first_ms, s.stop_ms) for s in segments] == [(0, 1000), (1000, 2000), (2000, 2400)]
 
 
+@pytest.mark.parametrize(
+    "turned", [{"degrees": 90}, {"degrees": 180}, {"degrees": -90}, {"degrees": 90, "hflip": 1}], ids=str
+)
+@pytest.mark.parametrize("method", ["copy", "transcode"])
+def test_segments_of_a_turned_video_are_set_upright_as_the_file_is(tmp_path, method, turned):
+    path = make_video(tmp_path / "turned.mp4", "libx264", n_frames=10, turned=turned)
+
+    segments, _, _ = cut(path, method)
+
+    assert worst_error([f for s in segments for f in upright_frames(s.data)], upright_frames(path)) < 4
+
+
+def upright_frames(media: str | bytes) -> list[np.ndarray]:
+    to_rgb = RgbConverter((WIDTH, WIDTH))
+    with av.open(media if isinstance(media, str) else io.BytesIO(media)) as container:
+        return [to_rgb(frame) for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("method", ["auto", "transcode"])
+def test_publish_of_two_videos_in_a_file_takes_the_larger_as_an_archive_does(tmp_path, method):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=FPS) for _ in range(2)]
+        for stream, width in zip(streams, (WIDTH // 2, WIDTH), strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, HEIGHT, "yuv420p"
+        for stream in (*streams, *streams):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(0))))
+        for stream in streams:
+            container.mux(stream.encode(None))
+
+    segments, _, _ = cut(str(path), method)
+
+    assert {frame.shape for s in segments for _, frame in frames_of(s.data)} == {(HEIGHT, WIDTH)}
+
+
 @pytest.mark.parametrize("method", ["copy", "transcode"])
 def test_loop_goes_on_where_the_pass_before_ended(videos, method):
     path = make_video(videos / f"loop-{method}.mp4", "libx264")
@@ -267,6 +322,160 @@ def test_group_without_end_raises_before_memory_is_full():
             [list(segmenter.push(packet)) for packet in packets]
 
     assert raised.value.n_bytes > 100_000
+
+
+@pytest.mark.parametrize("method", ["auto", "copy", "transcode"])
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        (0, "fall back by 2."),
+        (2500, "leap ahead by 95,3"),  # its start is over a minute after 0: FFmpeg takes 0 for 33 bits that wrapped
+    ],
+)
+def test_segments_when_timestamps_begin_anew_go_on_after_what_came_before(videos, first, says, method):
+    before = make_video(videos / f"before-{first}-{method}.ts", "libx264", EVEN_X264, first=first)
+    after = make_video(videos / f"after-{first}-{method}.ts", "libx264", EVEN_X264)
+    path = join_files(videos / f"restart-{first}-{method}.ts", before, after, after)
+
+    segments, segmenter, notices = cut(path, method, segment_ms=800)
+
+    times = [ms for segment in segments for ms, _ in frames_of(segment.data)]
+    assert times == [i * 1000 // FPS for i in range(3 * N_FRAMES)]
+    assert [(s.first_ms, s.stop_ms) for s in segments] == [(ms, ms + 800) for ms in range(0, 7200, 800)]
+    assert worst_error([f for s in segments for _, f in frames_of(s.data)], [f for _, f in frames_of(before)] * 3) < 4
+    assert [says in notice for notice in notices] == [True]
+    assert segmenter.n_skipped == 0
+
+
+def test_segments_when_timestamps_begin_anew_in_the_midst_of_a_group_lose_no_more_than_its_rest(videos):
+    before = make_video(videos / "midst-before.ts", "libx264", EVEN_X264, n_frames=500)
+    after = make_video(videos / "midst-after.ts", "libx264", EVEN_X264)
+    segmenter = Segmenter(segment_ms=800)
+    segments, n_sent = [], []
+
+    with (
+        MediaInput(SourceSpec(before, "file", "x")) as old,
+        MediaInput(SourceSpec(after, "file", "x")) as new,
+    ):
+        segmenter.start_pass(old.stream)
+        for packet in [*list(old.packets())[:490], *list(new.packets())[5:]]:
+            segments += segmenter.push(packet)
+            n_sent.append(len(segments))
+        segments += segmenter.end_pass()
+    segments.append(segmenter.finish())
+
+    assert sum(s.n_frames for s in segments) == 490 + N_FRAMES - GOP_FRAMES
+    assert segmenter.n_skipped == GOP_FRAMES - 5
+    assert [(s.first_ms, s.stop_ms) for s in segments][-3:] == [(19200, 19600), (19600, 20400), (20400, 21200)]
+    assert n_sent[-1] >= n_sent[490] + 2, "nothing left while the clock caught up"
+
+
+def test_segments_when_a_live_streams_timestamps_begin_anew_go_on_by_the_clock_on_the_wall(videos):
+    before = make_video(videos / "live-before.ts", "libx264", EVEN_X264)
+    path = join_files(videos / "live.ts", before, before)
+    segmenter = Segmenter(segment_ms=800)
+
+    with MediaInput(SourceSpec(path, "file", "x")) as source:
+        segmenter.start_pass(source.stream, live_ms=lambda: 9000)
+        segments = [segment for packet in source.packets() for segment in segmenter.push(packet)]
+        segments += segmenter.end_pass()
+    segments.append(segmenter.finish())
+
+    assert [s.first_ms for s in segments] == [0, 800, 1600, 9000, 9800, 10600]
+
+
+@pytest.mark.parametrize("times", [[0, 1, 500_000, 3, 4], [500, 501, 0, 503, 504]])
+def test_jumps_when_a_single_time_is_wild_then_nothing_begins_anew(times):
+    packets = [packet_at(time, is_keyframe=True) for time in times]
+    finder = JumpFinder(Fraction(1, 10))
+
+    placed = [placed for packet in packets for placed in finder.push(packet)] + finder.flush()
+
+    assert placed == [(packet, 0.0) for packet in packets]
+    assert finder.n_skipped == 0
+
+
+def test_jumps_when_the_first_keyframe_of_new_times_is_the_last_packet_then_it_is_told():
+    finder = JumpFinder(Fraction(1, 10))
+    packets = [packet_at(100, is_keyframe=True), packet_at(0, is_keyframe=True)]
+
+    placed = [placed for packet in packets for placed in finder.push(packet)] + finder.flush()
+
+    assert placed == [(packets[0], 0.0), (packets[1], -10.0)]
+
+
+def packet_at(time: int, *, is_keyframe: bool) -> av.Packet:
+    packet = av.Packet(b"x")
+    packet.pts = packet.dts = time
+    packet.is_keyframe = is_keyframe
+    return packet
+
+
+def test_segments_when_many_groups_fit_are_cut_before_they_fill_the_memory(videos):
+    path = make_video(videos / "heavy.mkv", "libx264", EVEN_X264)
+    (whole,) = cut(path, segment_ms=60_000)[0]
+    segmenter = Segmenter(segment_ms=60_000, max_pending_bytes=len(whole.data) * 3 // 4)
+
+    with MediaInput(SourceSpec(path, "file", "x")) as source:
+        segmenter.start_pass(source.stream)
+        segments = [segment for packet in source.packets() for segment in segmenter.push(packet)]
+        segments += segmenter.end_pass()
+    segments.append(segmenter.finish())
+
+    assert [s.n_frames for s in segments] == [2 * GOP_FRAMES, GOP_FRAMES]
+    assert [f for s in segments for f in packets_of(s.data)] == packets_of(path)
+
+
+class EndsInIndexError:
+    """A container as PyAV 18 reads it where a further stream begins on the way."""
+
+    def __init__(self, container):
+        self._container = container
+
+    def demux(self, stream):
+        yield from self._container.demux(stream)
+        raise IndexError("list index out of range")
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+
+def test_segments_of_a_file_in_which_a_stream_begins_late_are_all_of_it(videos):
+    path = make_video(videos / "late.ts", "libx264", EVEN_X264)
+    segmenter = Segmenter(segment_ms=800)
+
+    with MediaInput(SourceSpec(path, "file", "x")) as source:
+        source._container = EndsInIndexError(source._container)  # pyright: ignore[reportAttributeAccessIssue]
+        segmenter.start_pass(source.stream)
+        segments = [segment for packet in source.packets() for segment in segmenter.push(packet)]
+        segments += segmenter.end_pass()
+
+    assert sum(s.n_frames for s in [*segments, segmenter.finish()]) == N_FRAMES
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "opened_with"),
+    [
+        ("url", {}, [{}, {"use_wallclock_as_timestamps": "1"}]),
+        ("url", {"use_wallclock_as_timestamps": "0"}, [{"use_wallclock_as_timestamps": "0"}]),
+        ("file", {}, [{}]),
+    ],
+)
+def test_jpegs_over_http_when_they_have_no_times_get_those_at_which_they_come(
+    tmp_path, monkeypatch, kind, given, opened_with
+):
+    with av.open(str(tmp_path / "camera"), "w", format="mpjpeg") as container:
+        stream = container.add_stream("mjpeg", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture(0))), *stream.encode(None)])
+    asked, real_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args, **kw: asked.append(kw["options"]) or real_open(*args, **kw))
+
+    with MediaInput(SourceSpec(str(tmp_path / "camera"), kind, "x"), given) as source:
+        packet = next(source.packets())
+
+    assert asked == opened_with
+    assert (packet.pts * packet.time_base > 1_700_000_000) == (len(asked) == 2)
 
 
 def test_copy_of_what_matroska_cannot_hold_is_refused_with_advice(videos):
@@ -361,6 +570,26 @@ def test_headers_count_up_and_carry_the_time_of_each_segment():
     assert (report.n_segments, report.n_frames, report.media_ms) == (len(headers), 250, 10_000)
 
 
+@pytest.mark.parametrize(("silent_s", "resumes_ms"), [(0, 2400), (9, 9000)])
+def test_standard_input_when_its_timestamps_begin_anew_goes_on_in_the_same_session(
+    videos, monkeypatch, silent_s, resumes_ms
+):
+    part = make_video(videos / "part.ts", "libx264", EVEN_X264)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(Path(part).read_bytes() * 2)))
+    times_s = chain([100.0], repeat(100.0 + silent_s))
+    clock = SimpleNamespace(monotonic=lambda: next(times_s), time_ns=lambda: 5_000_000_000)
+    monkeypatch.setattr(session, "time", clock)
+    sender = ListSender()
+
+    report = publish("-", sender, session="s", segment_s=0.8)
+
+    first_ms = [0, 800, 1600, *(resumes_ms + ms for ms in (0, 800, 1600))]
+    assert [s.first_ms for s, _ in sender.sent] == first_ms
+    assert [h.start_ns for _, h in sender.sent] == [5_000_000_000 + ms * 1_000_000 for ms in first_ms]
+    assert [h.end for _, h in sender.sent] == [False] * 5 + [True]
+    assert ["fall back" in notice for notice in report.notices] == [True]
+
+
 def test_two_publishers_have_two_sessions():
     first, second = publish(bikes(), ListSender()), publish(bikes(), ListSender())
 
@@ -441,6 +670,23 @@ def test_expand_sources_when_ambiguous_or_missing_says_what_to_do(tmp_path):
         expand_sources([str(tmp_path / "none.mp4")])
     with pytest.raises(PublishError, match="unknown key"):
         expand_sources(["shapes:?speed=1"])
+
+
+@pytest.mark.parametrize("password", ["top#secret", "top/secret", "top?secret", "top[secret"])
+@pytest.mark.parametrize("stream_id", [None, "gate"])
+def test_address_when_its_password_is_not_escaped_is_refused_without_showing_it(password, stream_id):
+    with pytest.raises(PublishError, match="%23 for #") as raised:
+        expand_sources([f"rtsp://me:{password}@camera/live"], stream_id)
+
+    assert not any(word in f"{raised.value!r} {raised.value.__cause__!r}" for word in ("top", "secret"))
+    assert raised.value.__suppress_context__
+
+
+def test_stream_id_for_several_sources_is_refused_without_showing_a_password():
+    with pytest.raises(PublishError, match="leave it out") as raised:
+        expand_sources(["rtsp://me:secret@camera/1", "rtsp://me:secret@camera/2"], "gate")
+
+    assert "secret" not in str(raised.value)
 
 
 def test_password_of_a_url_is_shown_nowhere():
