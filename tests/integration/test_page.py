@@ -83,8 +83,8 @@ def streams(services):
     return made
 
 
-def open_page(browser, services, size, scheme="light"):
-    page = browser.new_page(viewport=size, color_scheme=scheme, timezone_id="UTC", locale="en-GB")
+def open_page(browser, services, size, scheme="light", locale="en-GB", zone="UTC"):
+    page = browser.new_page(viewport=size, color_scheme=scheme, timezone_id=zone, locale=locale)
     page.set_default_timeout(WAIT_MS)
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
@@ -147,11 +147,14 @@ def test_page_when_a_person_uses_it_then_everything_comes_without_reloading(brow
     # The range picker changes what is asked: half of the last minute, by dragging, then by the keyboard.
     page.get_by_role("button", name="1 min").click()
     track = page.locator("#track").bounding_box()
+    looked_up = []
+    page.on("request", lambda request: looked_up.append(request.url) if "/captions" in request.url else None)
     page.mouse.move(track["x"] + track["width"] * 0.25, track["y"] + 20)
     page.mouse.down()
     page.mouse.move(track["x"] + track["width"] * 0.75, track["y"] + 20, steps=5)
     page.mouse.up()
     expect(page.locator("#range-text")).to_contain_text("(30 s)")
+    assert looked_up == []  # what is shown stays the same
     page.get_by_label("End of the range").press("ArrowLeft")
     with page.expect_request("**/v1/chat/completions") as asked:
         page.get_by_role("button", name="Ask", exact=True).click()
@@ -170,6 +173,22 @@ def test_page_when_a_person_uses_it_then_everything_comes_without_reloading(brow
         assert asked.value.post_data_json["messages"][:-1] == before
         expect(page.locator(".answer").first.get_by_role("button", name="Follow up")).to_be_visible(timeout=60_000)
     assert page.wrong == []
+    page.close()
+
+
+@pytest.mark.parametrize(("locale", "zone"), [("en-US", "America/New_York"), ("de-DE", "Europe/Berlin")])
+def test_page_when_times_are_told_then_the_viewers_own_but_of_an_archive_the_place_in_the_video(
+    browser, services, locale, zone
+):
+    page = open_page(browser, services, DESKTOP, locale=locale, zone=zone)
+
+    def clock(ms):
+        return page.evaluate(f"import('/page/timeline.js').then(({{ clock }}) => clock({ms}))")
+
+    midnight_ms = {"en-US": 1_769_835_600_000, "de-DE": 1_769_814_000_000}[locale]  # 2026-01-31, there
+    assert clock(midnight_ms + 610_000).endswith("00:10:10")
+    assert clock(610_000) == "00:10:10"
+    assert clock(25 * 3600_000).endswith("01:00:00")  # the second day of a long one
     page.close()
 
 
