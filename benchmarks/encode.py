@@ -3,8 +3,10 @@
     python benchmarks/encode.py [--rounds 10]
 
 A chunk (4 frames, two seconds of a stream at 2 fps) of 1, 8 and 32 streams, with their states going in and out: one by
-one, which is what a lane does on a CPU, since then the tokens do not depend, bit for bit, on who else is there; and as
-one batch, which is what it does on a GPU. The limit is the model's matrix products alone, on the same threads.
+one, which is what a lane does, since then the tokens do not depend, bit for bit on a CPU, on who else is there; and as
+one batch, which a GPU would gain from. The limit is the model's matrix products alone, on the same threads.
+
+And a caption of a window's tokens, one at a time, for windows of 4, 8 and 16 s of the generated world.
 """
 
 from __future__ import annotations
@@ -19,10 +21,16 @@ import torch
 from measuring import in_turns, spent_on, write_result
 from torch import nn
 
-from stormline.models.loading import load_model
+from stormline.models.generation import generate_answers
+from stormline.models.loading import LoadedModel, load_model
+from stormline.models.prompts import VideoPrompt
 from stormline.models.storm import StormForConditionalGeneration
+from stormline.models.training.clips import make_clip, seed_of
+from stormline.models.training.evaluate import stream_clip
+from stormline.models.training.questions import CAPTION_PROMPT
 
 STREAMS = (1, 8, 32)
+CAPTIONED_FRAMES = (8, 16, 32)
 
 
 def products(model: StormForConditionalGeneration) -> Callable[[], None]:
@@ -49,13 +57,35 @@ def products(model: StormForConditionalGeneration) -> Callable[[], None]:
     return work
 
 
+def captions(loaded: LoadedModel, rounds: int) -> dict[str, dict[str, float]]:
+    """Return milliseconds and tokens of a caption, by frames of its window."""
+    told = {}
+    for n_frames in CAPTIONED_FRAMES:
+        clips = [make_clip(seed_of(i, 100, held_out=True), n_frames, backwards=False) for i in range(rounds)]
+        chunks = [stream_clip(loaded, clip.render()) for clip in clips]
+        prompts = [VideoPrompt(CAPTION_PROMPT, tuple(each), max_new_tokens=96) for each in chunks]
+        answers = [generate_answers(loaded.model, loaded.processor, [prompt])[0] for prompt in prompts]
+        took = in_turns(
+            {str(i): lambda p=p: generate_answers(loaded.model, loaded.processor, [p]) for i, p in enumerate(prompts)},
+            3,
+        )
+        told[str(n_frames)] = {
+            "caption_ms": round(float(np.median(list(took.values()))) * 1e3, 1),
+            "longest_ms": round(max(took.values()) * 1e3, 1),
+            "video_tokens": answers[0].video_tokens,
+            "written_tokens": round(float(np.mean([answer.generated_tokens for answer in answers])), 1),
+        }
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="as a lane has by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = load_model(None, device="cpu").model
+    loaded = load_model(None, device="cpu")
+    model = loaded.model
     side, t = model.config.image_size, model.config.chunk_frames
     chunk_s = t / model.config.sample_fps
     rng = np.random.default_rng(0)
@@ -81,6 +111,8 @@ def main() -> None:
             if n == 1:
                 each["spent_on"] = spent_on(lambda f=frames, s=states: model.encode_chunks(f, s), times=20)
             print(f"{n} streams: {each}", flush=True)
+    told["captions"] = captions(loaded, options.rounds)
+    print(told["captions"], flush=True)
     told["cores"] = os.cpu_count()
     write_result("encode", told, ["torch", "transformers"])
 

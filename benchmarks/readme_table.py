@@ -55,6 +55,12 @@ def of_encode(d: dict[str, Any]) -> Rows:
         f"{one['live_streams_a_core']:.0f} ({one['chunk_ms']:.1f} ms a chunk of 2 s)",
         f"{share:.0%} of its matrix products alone; 32 streams as one batch: {gain:.2f} times",
     )
+    if told := d.get("captions"):
+        yield (
+            f"a caption of {', '.join(told)} frames by the built-in model, from tokens to text",
+            f"{', '.join(str(round(each['caption_ms'])) for each in told.values())} ms median",
+            f"500 ms; the longest {max(each['longest_ms'] for each in told.values()):.0f}",
+        )
 
 
 def of_lane(d: dict[str, Any]) -> Rows:
@@ -176,7 +182,8 @@ def of_soak(d: dict[str, Any]) -> Rows:
         yield (
             "memory of that whole job, pages that forked workers share counted once: after five minutes, at the end",
             f"{whole['settled_mb'] / 1e3:.2f} and {whole['at_the_end_mb'] / 1e3:.2f} GB; {whole['slope_mb_per_h']:.0f} "
-            f"MB/h, {min(each):.0f} to {max(each):.0f} of each process",
+            f"MB/h, {whole['second_half_slope_mb_per_h']:.0f} in the second half; {min(each):.0f} to {max(each):.0f} in "
+            "each process",
             f"{d['restarts']} restarts",
         )
     elif "all" in d["memory"]:

@@ -124,6 +124,7 @@ class ProcessLog:
             "settled_mb": round(first, 1),
             "at_the_end_mb": round(last, 1),
             "slope_mb_per_h": round(slope, 1),
+            "second_half_slope_mb_per_h": round(flatness(series[len(series) // 2 :])[2], 1),
             "each_minute_mb": [(round(at_s), round(mb)) for at_s, mb in series],
         }
 
