@@ -182,8 +182,8 @@ def of_soak(d: dict[str, Any]) -> Rows:
         yield (
             "memory of that whole job, pages that forked workers share counted once: after five minutes, at the end",
             f"{whole['settled_mb'] / 1e3:.2f} and {whole['at_the_end_mb'] / 1e3:.2f} GB; {whole['slope_mb_per_h']:.0f} "
-            f"MB/h, {whole['second_half_slope_mb_per_h']:.0f} in the second half; {min(each):.0f} to {max(each):.0f} in "
-            "each process",
+            f"MB/h, {whole['second_half_slope_mb_per_h']:.0f} in the second half; {min(each):.0f} to {max(each):.0f} "
+            "in each process",
             f"{d['restarts']} restarts",
         )
     elif "all" in d["memory"]:
