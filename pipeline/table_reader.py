@@ -23,6 +23,7 @@ import pyarrow.dataset as ds
 from ..operators.errors import SettingsError
 from .checkpoint import newest_committed
 from .compacted_files import MOVED_TRIES, FileRows, compacted_in, read_table, rows_in, while_files_move
+from .file_times import FileTimes
 from .parquet_sink import DateFolder, data_files_in, list_date_folders
 from .tables import TABLES
 
@@ -49,19 +50,28 @@ class TableReader:
         table: Which.
         wanted: Leaves rows out.
         columns: Those that are wanted; None: all but tokens and bytes.
+        times: What is known of files; for readers that are made again and again.
 
     Raises:
         SettingsError: When built, if the folder is not one that stormline writes to, or the filter asks for a
             column that the table has not.
     """
 
-    def __init__(self, root: Path, table: str, wanted: RowFilter = RowFilter(), columns: Sequence[str] | None = None):
+    def __init__(
+        self,
+        root: Path,
+        table: str,
+        wanted: RowFilter = RowFilter(),
+        columns: Sequence[str] | None = None,
+        times: FileTimes | None = None,
+    ):
         check_output_folder(root)
         self._root = root
         self._table = table
         self._schema = TABLES[table]
         self._columns = list(columns or (name for name in self._schema.names if name not in _BULKY))
         self._wanted = wanted
+        self._times = times
         self._seen: dict[int, int] = {}  # lane → its last epoch given out
         if wanted.kind is not None and "kind" not in self._schema.names:
             raise SettingsError(f"--kind is for results: rows of {table} have no kind. Leave it out.")
@@ -78,7 +88,10 @@ class TableReader:
         committed = newest_committed(self._root)
         self._seen = dict(committed)
         found = self.schema.empty_table()
-        for batch in _batches(self._files(committed)):
+        files = self._files(committed)
+        if self._times is not None:
+            files = self._times.within(files, self._wanted.since, self._wanted.until)
+        for batch in _batches(files):
             if found.num_rows >= limit:
                 break
             found = pa.concat_tables([self._read(batch), found])

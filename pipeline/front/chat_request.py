@@ -79,9 +79,7 @@ class ChatBody(Part):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: Annotated[
-        Annotated[str | None, Tag(_TEXT)] | Annotated[list[str], Tag(_LIST)], Discriminator(_kind)
-    ] = None
+    stop: Annotated[Annotated[str | None, Tag(_TEXT)] | Annotated[list[str], Tag(_LIST)], Discriminator(_kind)] = None
     token_budget: int | None = Field(None, ge=1)
     token_policy: Literal["auto", "recent", "uniform", "global_local", "relevant", "changes"] | None = None
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from ...operators.errors import SettingsError
 from ..durations import format_moment, parse_since
+from ..file_times import FileTimes
 from ..result_tail import plain_row
 from ..stream_activity import StreamActivity
 from ..table_reader import RowFilter, TableReader
@@ -95,7 +96,7 @@ Limit = Annotated[int, Query(ge=1, le=MAX_ROWS)]
 
 def stream_routes(source: TokenSource, out: Path) -> APIRouter:
     """Return the routes ``/v1/streams`` and ``/v1/results``."""
-    routes = APIRouter()
+    routes, times = APIRouter(), FileTimes()
 
     @routes.get("/v1/streams")
     async def list_streams() -> StreamList:
@@ -108,7 +109,7 @@ def stream_routes(source: TokenSource, out: Path) -> APIRouter:
     async def list_captions(stream_id: str, since: Since = None, until: Until = None, limit: Limit = 100) -> ResultList:
         """List the newest committed captions and alerts of a stream, the oldest first."""
         pattern = re.sub(r"([*?\[])", r"[\1]", stream_id)  # the name itself, whatever is in it
-        return await asyncio.to_thread(_results, out, _Asked(pattern, None, since, until, limit))
+        return await asyncio.to_thread(_results, out, times, _Asked(pattern, None, since, until, limit))
 
     @routes.get(
         "/v1/streams/{stream_id:path}/picture",
@@ -135,7 +136,7 @@ def stream_routes(source: TokenSource, out: Path) -> APIRouter:
         limit: Limit = 100,
     ) -> ResultList:
         """List the newest committed results of all streams, the oldest first."""
-        return await asyncio.to_thread(_results, out, _Asked(stream, kind, since, until, limit))
+        return await asyncio.to_thread(_results, out, times, _Asked(stream, kind, since, until, limit))
 
     return routes
 
@@ -167,12 +168,12 @@ def describe(name: str, span: StreamSpan, seen: StreamActivity | None, now_ns: i
     )
 
 
-def _results(out: Path, asked: _Asked) -> ResultList:
+def _results(out: Path, times: FileTimes, asked: _Asked) -> ResultList:
     wanted = RowFilter(
         kind=asked.kind, stream=asked.stream, since=_moment(asked.since, "since"), until=_moment(asked.until, "until")
     )
     try:
-        rows: Sequence[Mapping[str, Any]] = TableReader(out, "results", wanted).newest(asked.limit + 1)
+        rows: Sequence[Mapping[str, Any]] = TableReader(out, "results", wanted, times=times).newest(asked.limit + 1)
     except SettingsError:
         rows = []  # nothing was committed yet
     data = [ResultRow.model_validate(plain_row(row)) for row in rows[-asked.limit :]]

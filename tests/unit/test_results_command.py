@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 from stormline.operators.errors import SettingsError
 from stormline.operators.rows import Chunk, DeadLetter, Position, Result
+from stormline.pipeline import file_times, table_reader
 from stormline.pipeline.cli import app
 from stormline.pipeline.commands.results import follow_rows, parse_since
+from stormline.pipeline.compacted_files import read_table
+from stormline.pipeline.file_times import FileTimes
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.table_reader import RowFilter, TableReader
@@ -112,6 +115,39 @@ def test_results_when_tokens_or_dead_letters_are_asked_for_then_those_are_shown(
     assert re.search(r"gate +video\[0\]@42 +corrupt +5,000 +no keyframe", show(tmp_path, "--dead-letters").stdout)
     letters = show(tmp_path, "--dead-letters", "--format", "jsonl").stdout
     assert json.loads(letters)["detail"] == "no keyframe"
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "expected", "n_files"),
+    [
+        (None, None, [0, 4, 8, 12, 16], 5),
+        (8, None, [8, 12, 16], 3),
+        (None, 8, [0, 4], 2),
+        (5, 12.5, [8, 12], 2),
+        (17, None, [], 0),
+    ],
+)
+def test_reader_when_it_knows_files_times_then_it_opens_those_that_a_stretch_of_time_is_in(
+    out, monkeypatch, since, until, expected, n_files
+):
+    opened, asked, times = [], [], FileTimes()
+
+    def read(rows, *args):
+        opened.extend(rows)
+        return read_table(rows, *args)
+
+    def at(hours):
+        return None if hours is None else datetime.fromtimestamp(NOON_NS / 1e9 + hours * 3600, timezone.utc)
+
+    monkeypatch.setattr(table_reader, "read_table", read)
+    read_span = file_times._read_span
+    monkeypatch.setattr(file_times, "_read_span", lambda path: asked.append(path) or read_span(path))
+    for _ in range(2):
+        reader = TableReader(out, "results", RowFilter(since=at(since), until=at(until)), times=times)
+        assert [row["answer"] for row in reader.newest(99)] == [f"answer {n}" for n in expected]
+
+    assert len(opened) == 2 * n_files
+    assert len(asked) == len(set(asked))  # once each
 
 
 def test_follow_when_rows_are_committed_then_each_is_shown_once(out):
