@@ -26,10 +26,10 @@ import pyarrow as pa
 from ..models.prompts import VideoAnswer, VideoPrompt
 from ..models.selection import VideoChunk, select_chunks
 from .busy_time import BusyTime
-from .errors import StormlineError
+from .errors import PromptError, StormlineError
 from .ordering import Turnstile
 from .queries import StandingQuery, by_id
-from .rows import AnnotatedSegment, Barrier, Chunk, EncodedSegment, Result, Row, block_of, rows_of
+from .rows import AnnotatedSegment, Barrier, Chunk, DeadLetter, EncodedSegment, Result, Row, block_of, rows_of
 from .scenes import SceneSpec, SceneState, step_scenes
 from .snapshots import StreamSnapshot, pack_snapshot, unpack_snapshot
 from .windows import OpenWindow, add_chunk, close_session
@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 STEP_NAME = "annotate"
 SNAPSHOT_VERSION = 2
+REASONS = {
+    "not_asked": "a query's window does not fit the model, which no other try would change; its detail says how far",
+}
+"""Every `reason` of a dead letter that answering writes."""
 
 Ask = Callable[[VideoPrompt], Awaitable[VideoAnswer]]
 ReadQueries = Callable[[], Sequence[StandingQuery]]
@@ -48,7 +52,7 @@ class _Judged:
     """What became of one closed window of an alert."""
 
     holds: StandingQuery | None  # the definition under which the alert holds after it; None: it does not
-    result: Result | None  # a row where it began or ceased to hold
+    result: Result | DeadLetter | None  # a row where it began or ceased to hold, or could not be asked about
 
 
 _Verdict = _Judged | Awaitable[_Judged]
@@ -68,6 +72,10 @@ class _Stream:
     def forget(self, query_ids: set[str]) -> None:
         self.windows = {name: window for name, window in self.windows.items() if name not in query_ids}
         self.alerts = {name: judged for name, judged in self.alerts.items() if name not in query_ids}
+
+    @property
+    def query_ids(self) -> set[str]:
+        return {*self.windows, *self.alerts}
 
     @property
     def empty(self) -> bool:
@@ -98,7 +106,8 @@ class Annotate:
     """Answer standing queries; a Ray Data step over one-row blocks, one actor a lane, many calls at once.
 
     Takes `EncodedSegment` and `Barrier` rows, gives `AnnotatedSegment` and `Barrier` rows with the same
-    `lane_seq`. A failed answer raises and fails the lane: a result is never left out silently.
+    `lane_seq`. A failed answer raises and fails the lane: a result is never left out silently. A question that does not
+    fit the model at all is a dead letter.
 
     Args:
         read_queries: Gives the standing queries of the moment; called here, and as each barrier passes. Where it fails
@@ -124,6 +133,8 @@ class Annotate:
         self._scenes = scenes
         self._turnstile = Turnstile()
         self._streams: _Streams = {partition: _unpack(blob) for partition, blob in (snapshots or {}).items()}
+        held = {query_id for *_, stream in self._each() for query_id in stream.query_ids}
+        self._forget(held - self._queries.keys())  # removed while no lane ran
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
         """Handle the rows of one block, asking about all of them at once."""
@@ -140,16 +151,20 @@ class Annotate:
         if row.kind == Barrier.KIND:
             barrier = Barrier.from_row(row).with_snapshots(STEP_NAME, await _pack(streams))
             return barrier.with_busy(llm=self._ask.asking.busy_s).to_row(row.lane_seq)
-        results = await asyncio.gather(*pending)
-        return AnnotatedSegment(encoded, tuple(r for r in results if r is not None)).to_row(row.lane_seq)
+        found = await asyncio.gather(*pending)
+        letters = tuple(each for each in found if isinstance(each, DeadLetter))
+        if letters:
+            encoded = replace(encoded, dead_letters=(*encoded.dead_letters, *letters))
+        results = tuple(each for each in found if isinstance(each, Result))
+        return AnnotatedSegment(encoded, results).to_row(row.lane_seq)
 
-    def advance(self, encoded: EncodedSegment) -> list[Awaitable[Result | None]]:
+    def advance(self, encoded: EncodedSegment) -> list[Awaitable[Result | DeadLetter | None]]:
         """Take one record's chunks into the open windows; return what will come of the windows that they closed."""
         meta = encoded.meta
         streams = self._streams.setdefault((meta.topic, meta.partition), {})
         stream = streams.setdefault(meta.stream_id, _Stream())
         queries = {query_id: query for query_id, query in self._queries.items() if query.watches(meta.stream_id)}
-        pending: list[Awaitable[Result | None]] = []
+        pending: list[Awaitable[Result | DeadLetter | None]] = []
         for session, chunks in _by_session(encoded):
             for chunk in chunks:
                 stream.scene, cuts = step_scenes(stream.scene, chunk, self._scenes)
@@ -160,6 +175,8 @@ class Annotate:
                 pending += [self._ask_about(window, stream) for window in closed]
                 stream.scene = None
                 stream.alerts = {}  # what holds at a session's end is told once more if the next one begins with it
+        # Of a query that watches no more, and whose last window is over, nothing is known of what comes later.
+        stream.alerts = {q: v for q, v in stream.alerts.items() if q in queries or q in stream.windows}
         if stream.empty:
             del streams[meta.stream_id]
         return pending
@@ -172,14 +189,18 @@ class Annotate:
             return
         removed = self._queries.keys() - queries.keys()
         self._queries = queries
-        if removed:
-            for streams in self._streams.values():
-                for stream in streams.values():
-                    stream.forget(removed)
+        self._forget(removed)
 
-    def _ask_about(self, window: OpenWindow, stream: _Stream) -> Awaitable[Result | None]:
+    def _forget(self, query_ids: set[str]) -> None:
+        for _, _, stream in self._each():
+            stream.forget(query_ids)
+
+    def _each(self) -> list[tuple[tuple[str, int], str, _Stream]]:
+        return [(key, name, stream) for key, streams in self._streams.items() for name, stream in streams.items()]
+
+    def _ask_about(self, window: OpenWindow, stream: _Stream) -> Awaitable[Result | DeadLetter | None]:
         if window.query.kind != "alert":
-            return asyncio.ensure_future(self._answer(window))
+            return asyncio.ensure_future(self._answer_or_letter(window))
         before = stream.alerts.get(window.query.id)
         judged = asyncio.ensure_future(self._judge(window, before))
         stream.alerts[window.query.id] = judged
@@ -189,12 +210,23 @@ class Annotate:
         """Have the LLM look at an alert's window; a row where it begins to hold, and where it no longer does."""
         query = window.query
         assert query.condition is not None
-        answer = await self._answer(window)
+        answer = await self._answer_or_letter(window)
         held = None if before is None else (await _known(before)).holds
         held = held if held is not None and query.asks_as(held) else None
+        if isinstance(answer, DeadLetter):
+            return _Judged(held, answer)
         if query.condition.holds(answer.answer):
             return _Judged(query, replace(answer, alert=True) if held is None else None)
         return _Judged(None, answer if held is not None else None)
+
+    async def _answer_or_letter(self, window: OpenWindow) -> Result | DeadLetter:
+        try:
+            return await self._answer(window)
+        except PromptError as error:
+            last = window.chunks[-1]
+            detail = f"query {window.query.id!r} could not be asked: {error}"
+            return DeadLetter("not_asked", detail, last.stream_id, window.session, 0, last.topic, last.partition,
+                              last.offset, window.start_ns, 0)  # fmt: skip
 
     async def _answer(self, window: OpenWindow) -> Result:
         query = window.query
@@ -229,7 +261,7 @@ async def _known(verdict: _Verdict) -> _Judged:
     return verdict if isinstance(verdict, _Judged) else await verdict
 
 
-async def _result_of(verdict: _Verdict) -> Result | None:
+async def _result_of(verdict: _Verdict) -> Result | DeadLetter | None:
     return (await _known(verdict)).result
 
 

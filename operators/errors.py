@@ -51,5 +51,9 @@ class OutputLockedError(StormlineError):
     """Another stormline writes to this output folder. Stop that one, or choose another `output.path`."""
 
 
+class PromptError(StormlineError):
+    """A question does not fit the model, and never will. It becomes a dead letter; give its query other limits."""
+
+
 class ServiceError(StormlineError):
     """The LLM deployment did not answer. The lane retries, then restarts; look at the Serve logs."""

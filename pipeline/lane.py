@@ -188,7 +188,8 @@ def lane_dataset(plan: LanePlan, n_taken: Callable[[], int]) -> Dataset:
         "snapshots": snapshots_of(encode_step.STEP_NAME),
         "marks": marks,
     }
-    ask: Ask = LlmClient(settings.llm.timeout_s)
+    # Twice what is written at once: a next answer waits at the model when one ends.
+    ask: Ask = LlmClient(settings.llm.timeout_s, at_once=2 * settings.llm.max_batch_size * settings.llm.replicas)
     if plan.archive is not None:
         ask = AskTogether(ask, settings.llm.max_batch_size, ASK_WAIT_S)
     annotate = {

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from ..models.prompts import VideoAnswer, VideoPrompt
-from ..operators.errors import ServiceError
+from ..operators.errors import PromptError, ServiceError
 from ..operators.rows import LaneNews, Picture
 from .chunk_index import PastChunk
 from .front.address import check_port
@@ -224,21 +224,34 @@ class LlmClient(_Llm):
     leaving a caption out.
     """
 
-    def __init__(self, timeout_s: float):
+    def __init__(self, timeout_s: float, at_once: int = 16):
         super().__init__()
         self._timeout_s = timeout_s
+        self._at_once = at_once
+        self._room: asyncio.Semaphore | None = None  # belongs to the loop that it is first used in
 
     async def __call__(self, prompt: VideoPrompt) -> VideoAnswer:
         """Return the answer.
 
+        No more than `at_once` are under way: others wait here, the oldest first, where no limit on an answer's time
+        runs yet.
+
         Raises:
+            PromptError: If the question does not fit the model.
             ServiceError: After `ATTEMPTS` failures; carries the last one as its cause.
         """
+        self._room = self._room or asyncio.Semaphore(self._at_once)
+        async with self._room:
+            return await self._ask(prompt)
+
+    async def _ask(self, prompt: VideoPrompt) -> VideoAnswer:
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
             try:
                 llm = self._handle or await asyncio.to_thread(self._connect)
                 return await asyncio.wait_for(llm.answer.remote(prompt), self._timeout_s)
+            except ValueError as e:  # of this class is Ray's error, where the model's own check raised one
+                raise PromptError(str(getattr(e, "cause", None) or e)) from e
             except Exception as e:  # noqa: BLE001 (the edge to another process: whatever came out of it)
                 last = e
                 logger.warning("llm_attempt_failed attempt=%d error=%r", attempt + 1, e)

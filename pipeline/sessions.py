@@ -32,6 +32,7 @@ class StreamCursor:
     ended: bool = False
     previous_session: str | None = None  # its late records are dropped, not taken for a new session
     skipped: int = 0  # segments that were skipped since the newest one taken
+    said: str | None = None  # the session as its publisher calls it, where it ended one of that name before
 
 
 @dataclass(frozen=True)
@@ -164,15 +165,19 @@ class _Headers:
 def _place(cursor: StreamCursor | None, headers: _Headers, record: Record) -> tuple[StreamCursor, int, int] | None:
     """Return the cursor to go on with, the record's seq and the segments missing before it; None for a repeat."""
     session = headers.session if headers.session is not None else (cursor.session if cursor else "")
+    if cursor is not None and cursor.said is not None and session == cursor.said:
+        session = cursor.session
     is_new = cursor is None or session != cursor.session or (cursor.ended and headers.seq is None)
     if cursor is not None and session == cursor.previous_session:
         return None
     if is_new:
         seq = headers.seq or 0
-        # Two sessions that their publisher did not name are told apart by where they began.
+        # Two sessions that their publisher did not name, or named alike, are told apart by where they began.
+        said = None
         if cursor is not None and session == cursor.session:
-            session = f"{session}@{record.topic}-{record.partition}-{record.offset}"
-        fresh = StreamCursor(session, -1, seq, previous_session=cursor.session if cursor else None)
+            said = headers.session
+            session = f"{said or ''}@{record.topic}-{record.partition}-{record.offset}"
+        fresh = StreamCursor(session, -1, seq, previous_session=cursor.session if cursor else None, said=said)
         return fresh, seq, seq
     assert cursor is not None
     seq = headers.seq if headers.seq is not None else cursor.next_seq

@@ -335,7 +335,8 @@ class Supervisor:
         stall_s = self._settings.lanes.stall_s
         if slot.status is None or slot.status.epoch == 0:
             return time.monotonic() - slot.started_s > max(START_LIMIT_S, 2 * stall_s)
-        return slot.status.last_barrier_s > stall_s
+        # Barriers flow among the rows: while rows arrive it is slow, and not stuck.
+        return min(slot.status.last_barrier_s, slot.status.idle_s) > stall_s
 
     def _lane_ended(self, slot: LaneSlot) -> None:
         import ray

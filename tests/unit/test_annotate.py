@@ -5,7 +5,7 @@ import pytest
 
 from stormline.models.prompts import VideoAnswer
 from stormline.operators import annotate
-from stormline.operators.errors import SettingsError
+from stormline.operators.errors import PromptError, SettingsError
 from stormline.operators.queries import StandingQuery
 from stormline.operators.rows import (
     AnnotatedSegment,
@@ -165,6 +165,34 @@ def test_answer_when_there_is_none_then_the_lane_fails_and_nothing_is_left_out()
 
     with pytest.raises(RuntimeError, match="no answer"):
         run(Annotate([query()], fail, "m"), [segment_row(0, end=True)])
+
+
+def refusing_long_prompts(said):
+    async def answer(prompt):
+        if len(prompt.text) > 9:
+            raise PromptError("the prompt has 10809 tokens")
+        return await saying(said)(prompt)
+
+    return answer
+
+
+def letters(rows):
+    segments = [AnnotatedSegment.from_row(row) for row in rows if row.kind == AnnotatedSegment.KIND]
+    return [(d.reason, d.detail, d.start_ns) for s in segments for d in s.encoded.dead_letters]
+
+
+def test_answer_when_a_question_does_not_fit_the_model_then_a_dead_letter_and_the_others_are_answered():
+    long, ask = "long " * 9, refusing_long_prompts("yyyy")
+    rows = [segment_row(i, index=i, end=i == 3) for i in range(4)]
+
+    out = run(Annotate([query("a", prompt=long), query("b"), alert("c", prompt=long), alert("d")], ask, "m"), rows)
+
+    assert [r.query_id for r in results(out)] == ["d", "b", "b"]
+    told = [(reason, detail.split("'")[1], start_ns - START_NS) for reason, detail, start_ns in letters(out)]
+    of_a = [("not_asked", "a", at * SECOND_NS) for at in (0, 4)]
+    of_c = [("not_asked", "c", at * SECOND_NS) for at in (0, 2, 4, 6)]
+    assert sorted(told) == sorted([*of_a, *of_c])
+    assert all("10809 tokens" in detail for _, detail, _ in letters(out))
 
 
 def saying(text):
@@ -335,6 +363,34 @@ def test_queries_when_an_alerts_question_changes_then_what_held_before_means_not
     outs = run_with_changes(queries, saying("y" * 9), stages)
 
     assert [told(out) for out in outs] == [["+0"], [], ["+8"]]
+
+
+def test_queries_when_one_was_removed_while_no_lane_ran_then_its_window_and_what_held_are_gone():
+    queries = [query("a"), alert("c"), query("b")]
+    before = run(Annotate(queries, saying("yyyy"), "m"), [segment_row(0, index=0), barrier_row(1)])
+    rows = [segment_row(0, index=1), barrier_row(1)]
+
+    out = run(Annotate([query("b")], saying("yyyy"), "m", snapshots_of(before[-1])), rows)
+    again = run(Annotate([alert("c")], saying("yyyy"), "m", snapshots_of(out[-1])), [segment_row(0, index=2)])
+
+    assert [r.query_id for r in results(out)] == ["b"]
+    assert told(again) == ["+4"]
+
+
+def test_queries_when_an_alert_watches_a_stream_no_more_then_what_held_before_means_nothing_later():
+    queries = Changing(alert(window_s=4))
+    rows = [segment_row(i, index=i) for i in range(3)]
+    elsewhere = [barrier_row(3), *(segment_row(4 + i, index=3 + i) for i in range(3))]
+    back = [barrier_row(7), *(segment_row(8 + i, index=6 + i) for i in range(4))]
+    stages = [
+        (lambda: None, rows),
+        (lambda: setattr(queries, "now", [alert(window_s=4, streams="yard")]), elsewhere),
+        (lambda: setattr(queries, "now", [alert(window_s=4)]), back),
+    ]
+
+    outs = run_with_changes(queries, saying("y" * 10), stages)
+
+    assert [told(out) for out in outs] == [["+0"], [], ["+12"]]
 
 
 def test_queries_when_they_cannot_be_read_then_the_last_ones_stay():

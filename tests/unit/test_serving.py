@@ -6,6 +6,7 @@ import pickle
 import pytest
 from ray.serve.exceptions import RayServeException
 
+from stormline.operators.errors import PromptError
 from stormline.pipeline import serving
 from stormline.pipeline.serving import CONNECT_WITHIN_S, LlmClient, StartingServices, StoreClient
 from stormline.pipeline.settings import load_settings
@@ -80,6 +81,42 @@ def test_llm_client_when_the_llm_comes_up_later_then_asked_at_the_first_attempt(
     late.remote = answer
 
     assert asyncio.run(LlmClient(timeout_s=5.0)("video")) == "about video"
+
+
+def test_llm_client_when_a_question_does_not_fit_the_model_then_said_at_once(late):
+    calls = []
+
+    async def answer(prompt):
+        calls.append(prompt)
+        raise ValueError("the prompt has 10809 tokens")
+
+    late.remote = answer
+
+    with pytest.raises(PromptError, match="10809 tokens"):
+        asyncio.run(LlmClient(timeout_s=5.0)("video"))
+    assert calls == ["video"]
+
+
+def test_llm_client_when_many_are_asked_at_once_then_so_many_are_under_way_and_the_oldest_first(late):
+    under_way, most, begun = [], [], []
+
+    async def answer(prompt):
+        begun.append(prompt)
+        under_way.append(prompt)
+        most.append(len(under_way))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        under_way.remove(prompt)
+        return prompt
+
+    async def ask_all():
+        client = LlmClient(timeout_s=5.0, at_once=2)
+        return await asyncio.gather(*(client(i) for i in range(8)))
+
+    late.remote = answer
+
+    assert asyncio.run(ask_all()) == list(range(8))
+    assert (max(most), begun) == (2, list(range(8)))
 
 
 def test_store_client_when_the_store_never_comes_then_says_so(monkeypatch, clock):

@@ -152,3 +152,20 @@ def test_start_when_it_is_beyond_what_can_be_written_then_the_records_timestamp_
 
     assert (segment.meta.start_ns, segment.meta.seq) == (T0_NS, 0)
     assert [d.reason for d in segment.dead_letters] == ["bad_header", "bad_header"]
+
+
+@pytest.mark.parametrize("name", ["door", None])
+def test_session_when_several_of_one_name_end_one_after_the_other_then_each_is_taken_whole(name):
+    tracker, seen = SessionTracker(), []
+    named = {} if name is None else {"session": name}
+
+    for offset in range(8):
+        tracker = SessionTracker.restore(tracker.snapshot())
+        segment = tracker.take(record(offset, **named, **({"end": "1"} if offset % 2 else {})))
+        seen.append((segment.meta.session, segment.meta.seq))
+
+    sessions = [session for session, _ in seen]
+    first = name or ""
+    assert [seq for _, seq in seen] == [0, 1] * 4
+    assert sessions == [s for place in ("", "@video-0-2", "@video-0-4", "@video-0-6") for s in [f"{first}{place}"] * 2]
+    assert tracker.counters["duplicates"] == 0

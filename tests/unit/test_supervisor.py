@@ -89,11 +89,16 @@ def test_lane_when_it_fails_for_the_first_time_then_restarts_at_once_and_later_w
     assert waits == ["at once", "in 5 s", "in 10 s"]
 
 
-@pytest.mark.parametrize(("epoch", "is_stalled"), [(0, False), (1, True)], ids=["still starting", "under way"])
-def test_lane_when_no_barrier_comes_for_long_then_stalled_unless_it_still_loads_its_model(failed, epoch, is_stalled):
+@pytest.mark.parametrize(
+    ("epoch", "idle_s", "is_stalled"),
+    [(0, 300.0, False), (1, 300.0, True), (1, 3.0, False)],
+    ids=["still starting", "under way", "slow, but rows arrive"],
+)
+def test_lane_when_no_barrier_comes_for_long_then_stalled_unless_it_still_works(failed, epoch, idle_s, is_stalled):
     supervisor, slot, _ = failed
     slot.started_s = time.monotonic() - 300
-    slot.status = replace(LaneCommitter(slot.plan, lambda offsets: None).status(), epoch=epoch, last_barrier_s=300.0)
+    fresh = LaneCommitter(slot.plan, lambda offsets: None).status()
+    slot.status = replace(fresh, epoch=epoch, last_barrier_s=300.0, idle_s=idle_s)
 
     assert supervisor._stalled(slot) == is_stalled
 
