@@ -111,7 +111,11 @@ class Encoder:
             stream = self.init_stream(meta)
         sampled = step_sampler(stream.sampler, decoded, self.grid)
         late = _late_notice(stream.sampler, decoded, sampled, self.grid)
-        ready, pending = assemble_chunks(stream.pending, sampled.frames, sampled.grid_indices, self.chunk_frames)
+        # Of a slow camera whose frames stand for little, a chunk may lie over as much time again.
+        most_step = max(self.grid.most_step, self.chunk_frames)
+        ready, pending = assemble_chunks(
+            stream.pending, sampled.frames, sampled.grid_indices, self.chunk_frames, most_step
+        )
         stream = replace(stream, meta=meta, sampler=sampled.state, pending=pending)
         for frames in ready:
             chunk, stream = self._encode(stream, frames)

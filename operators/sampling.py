@@ -99,6 +99,14 @@ class GridSpec:
         """Return a grid time since the session's start, rounded to ns. To show and store, not to compare."""
         return round_half_away(index * NS_PER_S * self.fps.denominator, self.fps.numerator)
 
+    @property
+    def most_step(self) -> int:
+        """Return how far the grid indices of two frames that follow each other lie apart at most, without a silence.
+
+        A frame stands for the grid times of `max_hold_ns` after it; a larger step is a longer silence, or lost video.
+        """
+        return self.index_at_or_before(self.max_hold_ns) + 1
+
     def held(self, frame_ns: int, next_ns: int) -> range:
         """Return the grid indices strictly between two frames for which the earlier one stands.
 
@@ -263,28 +271,36 @@ class FrameChunk:
 
 
 def assemble_chunks(
-    pending: FrameChunk, frames: np.ndarray, grid_indices: np.ndarray, chunk_frames: int
+    pending: FrameChunk, frames: np.ndarray, grid_indices: np.ndarray, chunk_frames: int, most_step: int
 ) -> tuple[tuple[FrameChunk, ...], FrameChunk]:
     """Put new frames behind the waiting ones and take every full chunk off the front.
 
-    Where a segment ends does not show in the chunks. At a session's end the rest is encoded as it is (`flush`).
+    Where a segment ends does not show in the chunks. No chunk goes across a silence: what waited before it is a short
+    chunk of its own, as what waits at a session's end is (`flush`).
 
     Args:
         pending: Fewer than `chunk_frames` frames, from `FrameChunk.empty` or the call before.
         frames: (n, H, W, 3) uint8 RGB, from `step_sampler`.
         grid_indices: (n,) int64.
         chunk_frames: K, the frames of a chunk.
+        most_step: From a frame's grid index to the next one's, without a silence between (`GridSpec.most_step`).
 
     Returns:
-        Chunks of K frames, and what waits now; both own their memory.
+        Chunks of K frames, or fewer before a silence, and what waits now; all own their memory.
     """
     frames = np.concatenate([pending.frames, frames])
     indices = np.concatenate([pending.grid_indices, grid_indices])
-    n_full = len(indices) // chunk_frames * chunk_frames
-    chunks = tuple(
-        FrameChunk(frames[i : i + chunk_frames], indices[i : i + chunk_frames]) for i in range(0, n_full, chunk_frames)
-    )
-    return chunks, FrameChunk(frames[n_full:].copy(), indices[n_full:].copy())
+    silences = np.flatnonzero(np.diff(indices) > most_step) + 1
+    starts = [0, *silences.tolist()]
+    chunks = []
+    for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
+        is_last = stop == len(indices)
+        n_taken = (stop - start) // chunk_frames * chunk_frames if is_last else stop - start
+        for first in range(start, start + n_taken, chunk_frames):
+            last = min(first + chunk_frames, stop)
+            chunks.append(FrameChunk(frames[first:last], indices[first:last]))
+        rest = start + n_taken
+    return tuple(chunks), FrameChunk(frames[rest:].copy(), indices[rest:].copy())
 
 
 def flush(pending: FrameChunk) -> tuple[tuple[FrameChunk, ...], FrameChunk]:

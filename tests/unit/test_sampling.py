@@ -256,7 +256,7 @@ def test_assemble_chunks_when_cut_anywhere_then_chunks_are_the_same(sizes):
     pending, chunks, start = FrameChunk.empty((1, 1)), [], 0
     for size in sizes:
         numbers = np.arange(start, start + size)
-        new, pending = assemble_chunks(pending, number_frames(numbers), numbers * 2, chunk_frames=4)
+        new, pending = assemble_chunks(pending, number_frames(numbers), numbers * 2, chunk_frames=4, most_step=2)
         pending = FrameChunk.from_snapshot(pending.header(), load(save(pending.to_tensors())))
         chunks, start = [*chunks, *new], start + size
     last, rest = flush(pending)
@@ -265,6 +265,36 @@ def test_assemble_chunks_when_cut_anywhere_then_chunks_are_the_same(sizes):
     assert [c.frames[:, 0, 0, 0].tolist() for c in (*chunks, *last)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert len(rest) == 0
     assert flush(rest)[0] == ()
+
+
+@pytest.mark.parametrize("sizes", [[14], [1] * 14, [6, 8], [5, 2, 7], [7, 0, 7], [10, 4]])
+def test_assemble_chunks_when_there_is_a_silence_then_no_chunk_goes_across_it_however_cut(sizes):
+    places = np.array([0, 1, 2, 3, 4, 5, *range(57_600, 57_606), 60_000, 60_001])
+    pending, chunks, start = FrameChunk.empty((1, 1)), [], 0
+    for size in sizes:
+        mine = places[start : start + size]
+        frames = number_frames(np.arange(start, start + size))
+        new, pending = assemble_chunks(pending, frames, mine, chunk_frames=4, most_step=21)
+        chunks, start = [*chunks, *new], start + size
+
+    assert [c.grid_indices.tolist() for c in (*chunks, pending)] == [
+        [0, 1, 2, 3],
+        [4, 5],
+        [57_600, 57_601, 57_602, 57_603],
+        [57_604, 57_605],
+        [60_000, 60_001],
+    ]
+    assert [n for c in (*chunks, pending) for n in c.frames[:, 0, 0, 0].tolist()] == list(range(14))
+
+
+@pytest.mark.parametrize(
+    ("fps", "hold_s", "expected"), [("2", 10.0, 21), ("2", 0.0, 1), ("1/20", 10.0, 1), ("30000/1001", 1.0, 30)]
+)
+def test_grid_when_a_frame_is_held_then_its_longest_step_is_one_more_than_it_stands_for(fps, hold_s, expected):
+    grid = GridSpec(Fraction(fps), int(hold_s * 1e9))
+
+    assert grid.most_step == expected
+    assert grid.most_step >= len(grid.held(0, 10**15)) + 1
 
 
 def test_frame_chunk_when_its_parts_do_not_belong_together_then_refuses():
