@@ -327,12 +327,15 @@ class EncodedSegment:
         )
 
 
+RESULT_KINDS = ("caption", "alert")
+
+
 @dataclass(frozen=True)
 class Result:
-    """One caption, alert or answer: a row of the results table."""
+    """One caption or alert: a row of the results table."""
 
     query_id: str
-    kind: str  # caption, alert, answer
+    kind: str  # of `RESULT_KINDS`; answers to `archive --ask` are captions of queries of their own
     stream_id: str
     session: str
     start_ns: int

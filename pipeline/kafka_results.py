@@ -58,8 +58,9 @@ class KafkaResultSender:
             if self._producer is None:
                 timeout_ms = round(self._timeout_s * 1000)
                 options: dict[str, Any] = {"bootstrap_timeout_ms": timeout_ms, "max_block_ms": timeout_ms}
-                options |= client_options(self._kafka)
-                self._producer = KafkaProducer(acks="all", enable_idempotence=True, **options)
+                options |= client_options(self._kafka, "producer")
+                options |= {"acks": "all", "enable_idempotence": True}
+                self._producer = KafkaProducer(**options)
             return self._producer
 
     def close(self) -> None:

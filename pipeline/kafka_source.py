@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -218,9 +219,27 @@ def _assign(
     return assignment, lost
 
 
-def client_options(kafka: KafkaSettings) -> dict[str, Any]:
-    """Return the connection options for any kafka-python client, secrets resolved."""
-    return {"bootstrap_servers": kafka.bootstrap_servers.split(","), **resolve_secrets(kafka.client)}
+def client_options(kafka: KafkaSettings, kind: Literal["consumer", "producer"]) -> dict[str, Any]:
+    """Return the connection options for a consumer or a producer of kafka-python's, secrets resolved.
+
+    What the other one takes is left out: `kafka.client` is for the consumers of lanes and for results' producers.
+
+    Raises:
+        SourceError: If neither has such an option.
+    """
+    from kafka.consumer.group import KafkaConsumer
+    from kafka.producer.kafka import KafkaProducer
+
+    options = {"consumer": KafkaConsumer.DEFAULT_CONFIG, "producer": KafkaProducer.DEFAULT_CONFIG}
+    known = options["consumer"].keys() | options["producer"].keys()
+    if unknown := sorted(kafka.client.keys() - known):
+        close = get_close_matches(unknown[0], known, 1)
+        raise SourceError(
+            f"kafka.client has {', '.join(unknown)}, which kafka-python does not know"
+            f"{f'; did you mean {close[0]}?' if close else ''} Correct kafka.client."
+        )
+    chosen = {name: value for name, value in kafka.client.items() if name in options[kind]}
+    return {"bootstrap_servers": kafka.bootstrap_servers.split(","), **resolve_secrets(chosen)}
 
 
 def open_consumer(kafka: KafkaSettings, group_id: str | None = None) -> KafkaConsumer:
@@ -240,7 +259,7 @@ def open_consumer(kafka: KafkaSettings, group_id: str | None = None) -> KafkaCon
         "allow_auto_create_topics": False,
         "max_partition_fetch_bytes": 4 << 20,  # a larger record still comes, alone
         "bootstrap_timeout_ms": 10_000,
-        **client_options(kafka),
+        **client_options(kafka, "consumer"),
     }
     try:
         return KafkaConsumer(**options)

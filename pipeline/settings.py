@@ -76,7 +76,10 @@ class SamplingSettings(_Section):
     @field_validator("fps", mode="before")
     @classmethod
     def _exact(cls, value: Any) -> Any:
-        return Fraction(str(value)) if isinstance(value, float | int | str) else value
+        try:
+            return Fraction(str(value)) if isinstance(value, float | int | str) else value
+        except ZeroDivisionError:
+            raise ValueError("expected a number such as 2, 0.5 or 30000/1001") from None
 
     @field_validator("fps")
     @classmethod
@@ -311,7 +314,7 @@ class RaySettings(_Section):
 
 
 class Settings(_Section):
-    """Everything that can be set; see `stormline run --help` for where from."""
+    """Everything that can be set; see `stormline run --show-settings` for all with their defaults."""
 
     kafka: KafkaSettings = Field(default_factory=lambda: KafkaSettings.model_validate({}))
     output: OutputSettings = Field(default_factory=lambda: OutputSettings.model_validate({}))
@@ -371,7 +374,9 @@ def load_settings(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise SettingsError(f"{path} is not UTF-8 text: {e}. Save it as UTF-8.") from e
     except OSError as e:
         raise SettingsError(f"Cannot read the settings file {path}: {e.strerror}. Give an existing YAML file.") from e
     except yaml.YAMLError as e:
@@ -389,7 +394,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override!r}: expected section.key=value, for example lanes.count=2.")
     *sections, last = key.strip().split(".")
     for section in sections:
-        inner = data.setdefault(section, {})
+        inner = data[section] = {} if data.get(section) is None else data[section]  # a section may stand empty
         if not isinstance(inner, dict):
             raise SettingsError(f"--set {override!r}: {section!r} is not a section.")
         data = inner

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from ..operators.errors import SettingsError
+from ..operators.rows import RESULT_KINDS
 from .checkpoint import newest_committed
 from .compacted_files import MOVED_TRIES, FileRows, compacted_in, read_table, rows_in, while_files_move
 from .file_times import FileTimes
@@ -75,6 +76,7 @@ class TableReader:
         self._seen: dict[int, int] = {}  # lane → its last epoch given out
         if wanted.kind is not None and "kind" not in self._schema.names:
             raise SettingsError(f"--kind is for results: rows of {table} have no kind. Leave it out.")
+        check_kind(wanted.kind)
 
     def newest(self, limit: int) -> list[dict[str, Any]]:
         """Return at most `limit` rows, oldest first.
@@ -178,6 +180,19 @@ class TableReader:
         if self._wanted.until is not None:
             conditions.append(ds.field("start_time") < _scalar(self._wanted.until))
         return reduce(and_, conditions) if conditions else None
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise if no result is of a kind.
+
+    Raises:
+        SettingsError: If so.
+    """
+    if kind is not None and kind not in RESULT_KINDS:
+        raise SettingsError(
+            f"no result is of kind {kind!r}; expected {' or '.join(RESULT_KINDS)}. Answers to `archive --ask` are "
+            "captions with a query_id of their own."
+        )
 
 
 def check_output_folder(root: Path) -> None:

@@ -118,6 +118,8 @@ def archive(
     settings = settings.model_copy(update={"queries": archive_queries(settings, questions, window_s, captions)})
     console = Console(highlight=False)
     root = settings.output.path
+    if root.exists() and not root.is_dir():
+        raise SettingsError(f"{root} is a file; --out takes a folder, which is made if need be.")
     progress = ArchiveProgress(console, root, float(settings.sampling.fps), settings.lanes.decode_workers)
     options = ArchiveOptions(sources, start_ns, by_hash, retry_failed, watch_s)
     feed = ArchiveFeed(root, options, progress.phase)

@@ -37,7 +37,7 @@ def export(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Only caption, alert or answer.", show_default="caption for subtitles"),
+        typer.Option(metavar="KIND", help="Only caption or alert.", show_default="caption for subtitles"),
     ] = None,
     query: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Subtitles: only this query's. May be repeated.")
@@ -110,7 +110,9 @@ def _write_subtitles(
 ) -> Written:
     from ..export.subtitle_files import write_subtitles
     from ..result_index import Wanted, open_result_index
+    from ..table_reader import check_kind
 
+    check_kind(kind)
     wanted = Wanted(stream, kind or (None if query_ids else "caption"), query_ids)
     with open_result_index(out) as index:
         return write_subtitles(index, out, folder, export_format.value, wanted, overwrite=overwrite)

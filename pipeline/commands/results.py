@@ -35,7 +35,7 @@ def results(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `stormline run` writes to.")] = Path(
         "out"
     ),
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only caption, alert or answer.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only caption or alert.")] = None,
     stream: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only this stream; * ? [ ] match several: 'gate-*'.")
     ] = None,

@@ -44,11 +44,11 @@ def run(
 
       stormline run --serve                           # and ask: stormline ask gate "What happened?"
 
-      stormline run --set kafka.bootstrap_servers=kafka:9092 --set 'kafka.topics=[gate, yard]'
+      stormline run --set kafka.bootstrap_servers=kafka:9092 --set 'kafka.topics=\\[gate, yard]'
 
     [bold]A settings file[/]
 
-      kafka:   {bootstrap_servers: "kafka:9092", topics: [video], client: {security_protocol: SASL_SSL,
+      kafka:   {bootstrap_servers: "kafka:9092", topics: \\[video], client: {security_protocol: SASL_SSL,
                sasl_mechanism: PLAIN, sasl_plain_username: me, sasl_plain_password: "${env:KAFKA_PASSWORD}"}}
 
       output:  {path: /data/out}

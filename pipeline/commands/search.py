@@ -21,7 +21,7 @@ def search(
     stream: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only this stream; * ? [ ] match several: 'holiday/*'.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only caption, alert or answer.")] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="Only caption or alert.")] = None,
     query: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Only this query's results. May be repeated.")
     ] = None,
@@ -45,7 +45,9 @@ def search(
       stormline search out '"red car" gate*' --stream 'yard-*' --limit 5 --json
     """
     from ..result_index import Wanted, open_result_index
+    from ..table_reader import check_kind
 
+    check_kind(kind)
     with open_result_index(out) as index:
         hits = index.search(text, Wanted(stream, kind, query or []), limit)
         empty = not index.sessions()

@@ -23,7 +23,7 @@ def watch(
         list[str] | None, typer.Argument(metavar="[STREAM]...", help="Only these; * ? [ ] match several: 'gate-*'.")
     ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(metavar="KIND", help="Only caption, alert or answer. May be repeated.")
+        list[str] | None, typer.Option(metavar="KIND", help="Only caption or alert. May be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with the id to go on from.")] = False,
     after: Annotated[

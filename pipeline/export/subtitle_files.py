@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from ...operators.errors import SettingsError
+from ..archive.work_list import WorkList, newest_versions
 from ..durable_files import temporary_path
 from ..durations import format_moment
 from ..result_index import IndexedResult, ResultIndex, Session, Wanted
@@ -44,8 +45,9 @@ def write_subtitles(
     Raises:
         SettingsError: If one is there, and it is not to be replaced; then nothing was written.
     """
-    sessions = index.sessions(wanted.stream)
-    paths = _paths(folder, sessions, f".{file_format}")
+    names = _video_names(root)
+    sessions = [session for session in index.sessions(wanted.stream) if names is None or session in names]
+    paths = _paths(folder, sessions, f".{file_format}", names or {})
     there = [path for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise SettingsError(
@@ -61,9 +63,31 @@ def write_subtitles(
     return Written(n_files, n_cues)
 
 
-def _paths(folder: Path, sessions: list[Session], suffix: str) -> dict[Session, Path]:
+def _video_names(root: Path) -> dict[Session, str] | None:
+    """Return the names of an archive's videos as they are now, by their sessions; None where it is no archive.
+
+    A video that changed, or was tried again, has sessions of several versions: the newest is about the file that is
+    there, whose players look for its name.
+    """
+    newest = newest_versions(WorkList(root).read()).values()
+    if not newest:
+        return None
+    return {
+        Session(item.stream_id, item.session): item.stream_id.removesuffix(f"@{item.version}")
+        if item.version > 1
+        else item.stream_id
+        for item in newest
+    }
+
+
+def _paths(
+    folder: Path, sessions: list[Session], suffix: str, video_names: Mapping[Session, str]
+) -> dict[Session, Path]:
     counts = Counter(session.stream_id for session in sessions)
-    names = {s: s.stream_id if counts[s.stream_id] == 1 else f"{s.stream_id}.{s.session}" for s in sessions}
+    names = {
+        s: video_names.get(s, s.stream_id if counts[s.stream_id] == 1 else f"{s.stream_id}.{s.session}")
+        for s in sessions
+    }
     return {session: folder / path for session, path in file_names(names, suffix).items()}
 
 

@@ -20,7 +20,7 @@ from ..result_tail import Cursor, ResultEvent, newest_cursor
 from .api_errors import ApiError, error_answers
 from .chat_request import bad_request
 
-Kind = Literal["caption", "alert", "answer"]
+Kind = Literal["caption", "alert"]
 
 KEEP_ALIVE_S = 15.0  # proxies on the way give up a connection that is silent for a minute or so
 RETRY_MS = 1000  # after which a browser connects again

@@ -52,7 +52,7 @@ class StreamList(BaseModel):
 
 
 class ResultRow(BaseModel):
-    """One caption, alert or answer; times are those of the video."""
+    """One caption or alert; times are those of the video."""
 
     query_id: str
     kind: str
@@ -130,7 +130,7 @@ def stream_routes(source: TokenSource, out: Path) -> APIRouter:
     @routes.get("/v1/results", responses=error_answers(400))
     async def list_results(
         stream: Annotated[str | None, Query(description="A name, or a pattern: gate-*.")] = None,
-        kind: Literal["caption", "alert", "answer"] | None = None,
+        kind: Literal["caption", "alert"] | None = None,
         since: Since = None,
         until: Until = None,
         limit: Limit = 100,

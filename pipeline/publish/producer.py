@@ -204,7 +204,8 @@ def _topic_limit_bytes(bootstrap: str, topic: str, options: Mapping[str, Any]) -
     from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
     from kafka.errors import BrokerResponseError
 
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap.split(","), **options)
+    connecting = {name: value for name, value in options.items() if name in KafkaAdminClient.DEFAULT_CONFIG}
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap.split(","), **connecting)
     try:
         resource = ConfigResource(ConfigResourceType.TOPIC, topic)
         # The type stubs know kafka-python 2 alone, which had no filter.

@@ -204,6 +204,25 @@ def test_packages_when_walked_then_each_is_in_the_wheel():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
+def test_data_files_when_walked_then_each_is_in_the_wheel():
+    folders = PROJECT["tool"]["setuptools"]["package-dir"]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    packed = {ROOT / "infra" / "Dockerfile.dockerignore"}  # stands beside the Dockerfile for who builds an image
+    for package, globs in patterns.items():
+        top, *below = package.split(".")[1:]
+        home = ROOT / folders[f"stormline.{top}"] / Path(*below)
+        packed |= {path for glob in globs for path in home.glob(glob)}
+
+    found = {
+        path
+        for folder in folders.values()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+
+    assert found - packed == set()
+
+
 def test_constraints_when_compared_then_pin_each_dependency_in_its_range():
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = PROJECT["project"]["dependencies"] + extras["broker"] + extras["demo"] + extras["dev"]

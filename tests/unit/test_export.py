@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import PurePosixPath
 
@@ -15,10 +16,13 @@ from output_folder import Folder, caption, chunk, list_videos
 from typer.testing import CliRunner
 
 from stormline.operators.rows import DeadLetter
+from stormline.pipeline.archive.work_list import WorkItem, WorkList
 from stormline.pipeline.cli import app
 from stormline.pipeline.compaction import Compaction, CompactionSpec
 from stormline.pipeline.export.file_names import file_names
+from stormline.pipeline.export.subtitle_files import write_subtitles
 from stormline.pipeline.export.subtitles import Cue, disjoint, srt_lines, vtt_lines
+from stormline.pipeline.result_index import Wanted, open_result_index
 from stormline.pipeline.table_reader import RowFilter, TableReader
 
 NASTY = 'a --> b <i>& "c" {\\an8} &amp; \n\n 2\r\n00:00:01,000 --> 00:00:02,000\x00 ü漢 <v Bob>'
@@ -329,3 +333,19 @@ def test_write_jsonl_when_a_stream_is_named_then_no_other(archive):
 
     assert write_jsonl(archive, file, RowFilter(stream="b.*")).n_rows == 2
     assert file.getvalue().count("\n") == 2
+
+
+def test_subtitles_when_a_video_was_done_again_then_its_name_is_that_of_the_newest_version(tmp_path):
+    root = tmp_path / "out"
+    folder = Folder(root)
+    folder.commit(caption("a/clip.mp4", 0, 4, "what it showed before", session="v1"))
+    folder.commit(caption("a/clip.mp4@2", 0, 4, "what it shows now", session="v2"))
+    item = WorkItem(0, 0, "/videos/a/clip.mp4", "a/clip.mp4", "v1", 1, 10, 0, 0)
+    WorkList(root).append([item, replace(item, number=1, stream_id="a/clip.mp4@2", session="v2", version=2)])
+
+    with open_result_index(root) as index:
+        write_subtitles(index, root, tmp_path / "subs", "srt", Wanted(kind="caption"), overwrite=False)
+
+    (path,) = (tmp_path / "subs").rglob("*.srt")
+    assert path == tmp_path / "subs" / "a" / "clip.srt"
+    assert "what it shows now" in path.read_text()

@@ -15,7 +15,14 @@ from kafka.structs import TopicPartition
 from stormline.operators.errors import SourceError
 from stormline.operators.rows import Barrier, Segment, rows_of
 from stormline.pipeline import kafka_source
-from stormline.pipeline.kafka_source import SourcePlan, check_offsets_exist, list_partitions, read_forever
+from stormline.pipeline.kafka_source import (
+    SourcePlan,
+    check_offsets_exist,
+    client_options,
+    list_partitions,
+    open_consumer,
+    read_forever,
+)
 from stormline.pipeline.partition_watch import PartitionWatch
 from stormline.pipeline.settings import KafkaSettings, LagRule
 
@@ -404,3 +411,16 @@ def test_offsets_when_the_client_knows_nothing_of_a_partition_then_told_as_ours(
 
     with pytest.raises(SourceError, match=r"knows nothing of .*partition=0"):
         check_offsets_exist(KafkaSettings(), {("video", 0): 25})
+
+
+def test_options_when_they_are_for_one_kind_of_client_then_the_other_does_without():
+    kafka = KafkaSettings(client={"max_partition_fetch_bytes": 1 << 24, "compression_type": "gzip", "client_id": "me"})
+
+    for_both = {"bootstrap_servers", "client_id"}
+    assert client_options(kafka, "consumer").keys() == for_both | {"max_partition_fetch_bytes"}
+    assert client_options(kafka, "producer").keys() == for_both | {"compression_type"}
+
+
+def test_options_when_no_client_has_one_then_said_what_was_meant():
+    with pytest.raises(SourceError, match=r"sasl_mechansm.*did you mean sasl_mechanism\?"):
+        open_consumer(KafkaSettings(client={"sasl_mechansm": "PLAIN"}))

@@ -216,3 +216,17 @@ def test_since_when_relative_or_absolute_then_it_is_a_time_with_a_zone():
     assert parse_since("2026-01-31T12:00:00Z", now) == now
     assert parse_since("2026-01-31", now) == now - timedelta(hours=12)
     assert parse_since("2026-01-31T13:00+01:00", now) == now
+
+
+@pytest.mark.parametrize("command", ["results", "search", "export"])
+def test_kind_when_no_result_is_of_it_then_said_rather_than_nothing_found(out, tmp_path, command):
+    arguments = {
+        "results": [],
+        "search": ["answer"],
+        "export": [str(tmp_path.parent / f"{tmp_path.name}-x"), "--to", "srt"],
+    }[command]
+
+    run = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, str(out), *arguments, "--kind", "captions"])
+
+    assert isinstance(run.exception, SettingsError) or run.exit_code != 0
+    assert "expected caption or alert" in f"{run.output}{run.exception}"

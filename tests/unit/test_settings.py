@@ -1,8 +1,10 @@
 from fractions import Fraction
 
 import pytest
+from typer.testing import CliRunner
 
 from stormline.operators.errors import SettingsError
+from stormline.pipeline.cli import app
 from stormline.pipeline.secret_references import resolve_secrets
 from stormline.pipeline.settings import load_settings, masked
 
@@ -71,3 +73,30 @@ def test_secret_when_its_variable_is_not_set_then_named(monkeypatch):
 
     with pytest.raises(SettingsError, match="NOT_SET is not set"):
         resolve_secrets({"sasl_plain_password": "${env:NOT_SET}"})
+
+
+def test_settings_when_a_file_is_not_utf8_then_said(tmp_path):
+    path = tmp_path / "cameras.yaml"
+    path.write_bytes("output: {path: /données}".encode("latin-1"))
+
+    with pytest.raises(SettingsError, match="not UTF-8"):
+        load_settings(path, [])
+
+
+def test_settings_when_a_section_stands_empty_then_it_may_be_set(tmp_path):
+    path = tmp_path / "cameras.yaml"
+    path.write_text("lanes:\n")
+
+    assert load_settings(path, ["lanes.count=2"]).lanes.count == 2
+
+
+def test_settings_when_a_rate_divides_by_nothing_then_said():
+    with pytest.raises(SettingsError, match=r"sampling.fps: .*expected a number such as 2"):
+        load_settings(None, ["sampling.fps=1/0"])
+
+
+def test_help_when_it_shows_lists_then_with_their_brackets():
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", "--help"]).output
+
+    assert "kafka.topics=[gate, yard]" in shown
+    assert "topics: [video]" in shown
