@@ -139,34 +139,26 @@ def of_decode(d: dict[str, Any]) -> Rows:
     )
 
 
+MOTION_KINDS = ("direction", "size change", "stop or start", "speed", "moves", "motion")
+
+
 def of_ablation(d: dict[str, Any]) -> Rows:
-    """What the temporal encoder and pooling are worth."""
-    of = {name: variant["lengths"] for name, variant in d["variants"].items()}
-    lengths = tuple(of["full"])
-    steps = sum(stage["steps"] for stage in d["stages"])
-    asked = f"questions that need order, at {', '.join(lengths)} frames, after the same {steps:,} steps and clips"
+    """What the temporal encoder is worth."""
+    told = {name: d["variants"][name]["lengths"] for name in ("full", "still")}
 
-    def shares(name: str) -> str:
-        return ", ".join(f"{of[name][n]['order']:.0%}" for n in lengths)
+    def motion(name: str, n_frames: str) -> float:
+        kinds = told[name][n_frames]["kinds"]
+        return sum(kinds[kind] for kind in MOTION_KINDS) / len(MOTION_KINDS)
 
+    lengths = ("8", "32")
+    minutes = d["variants"]["full"]["train_seconds"] / 60
     yield (
-        f"{asked}: with the temporal encoder, and without it",
-        f"{shares('full')}; {shares('still')}",
-        "20 points from 32 frames on; with every other chunk left out of the answer "
-        f"{shares('full, one in two')}; {shares('still, one in two')}",
+        f"questions about motion ({', '.join(MOTION_KINDS)}) at {' and '.join(lengths)} frames, after "
+        f"{minutes:.0f} minutes of training: with the temporal encoder, and without it",
+        "; ".join(f"{motion('full', n):.0%} and {motion('still', n):.0%}" for n in lengths),
+        "20 points; over all kinds that need order "
+        + "; ".join(f"{told['full'][n]['order']:.0%} and {told['still'][n]['order']:.0%}" for n in lengths),
     )
-    others = {
-        "unpooled": "not pooled over time, four times the tokens",
-        "unpooled, tokens of full": "the same, as many tokens as pooled ones",
-        "both-ways": "a backward scan in each chunk, too",
-        "pooled-2x2": "2 × 2 places pooled, too, a quarter of the tokens",
-    }
-    if any(name in of for name in others):
-        yield (
-            "the same, of other variants",
-            "; ".join(f"{told}: {shares(name)}" for name, told in others.items() if name in of),
-            "pooling costs 2 points or less",
-        )
 
 
 def of_soak(d: dict[str, Any]) -> Rows:
