@@ -124,7 +124,7 @@ def run(topic, loaded, monkeypatch):
     monkeypatch.setattr(lane_module, "build_dataset", InProcess)
     monkeypatch.setattr(lane_module, "actor_step", lambda cls, kwargs, **_: lambda: cls(**kwargs))
     monkeypatch.setattr(lane_module, "LoadFromSettings", lambda model: lambda: loaded)
-    monkeypatch.setattr(lane_module, "LlmClient", lambda timeout_s: digest)
+    monkeypatch.setattr(lane_module, "LlmClient", lambda timeout_s, at_once: digest)
     monkeypatch.setattr(lane_module, "StoreClient", lambda: lambda news: None)
     clock = Clock()
     monkeypatch.setattr(kafka_source, "time", clock)
