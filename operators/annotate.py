@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,7 +133,7 @@ class Annotate:
         self._scenes = scenes
         self._turnstile = Turnstile()
         self._streams: _Streams = {partition: _unpack(blob) for partition, blob in (snapshots or {}).items()}
-        held = {query_id for *_, stream in self._each() for query_id in stream.query_ids}
+        held = {query_id for stream in self._each() for query_id in stream.query_ids}
         self._forget(held - self._queries.keys())  # removed while no lane ran
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
@@ -192,11 +192,12 @@ class Annotate:
         self._forget(removed)
 
     def _forget(self, query_ids: set[str]) -> None:
-        for _, _, stream in self._each():
+        for stream in self._each():
             stream.forget(query_ids)
 
-    def _each(self) -> list[tuple[tuple[str, int], str, _Stream]]:
-        return [(key, name, stream) for key, streams in self._streams.items() for name, stream in streams.items()]
+    def _each(self) -> Iterator[_Stream]:
+        for streams in self._streams.values():
+            yield from streams.values()
 
     def _ask_about(self, window: OpenWindow, stream: _Stream) -> Awaitable[Result | DeadLetter | None]:
         if window.query.kind != "alert":
@@ -224,9 +225,18 @@ class Annotate:
             return await self._answer(window)
         except PromptError as error:
             last = window.chunks[-1]
-            detail = f"query {window.query.id!r} could not be asked: {error}"
-            return DeadLetter("not_asked", detail, last.stream_id, window.session, 0, last.topic, last.partition,
-                              last.offset, window.start_ns, 0)  # fmt: skip
+            return DeadLetter(
+                reason="not_asked",
+                detail=f"query {window.query.id!r} could not be asked: {error}",
+                stream_id=last.stream_id,
+                session=window.session,
+                seq=0,
+                topic=last.topic,
+                partition=last.partition,
+                offset=last.offset,
+                start_ns=window.start_ns,
+                n_bytes=0,
+            )
 
     async def _answer(self, window: OpenWindow) -> Result:
         query = window.query

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .rows import ResultKind
+
 DEFAULT_WINDOW_S = 10.0
 CAPTION_PROMPT = "Describe what happens."
 MAX_PATTERNS = 64
@@ -96,7 +98,7 @@ class StandingQuery(_Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         description="Its name, in the results' query_id.",
     )
-    kind: Literal["caption", "alert"] = Field(
+    kind: ResultKind = Field(
         "caption", description="caption: a row for each window. alert: a row where its condition begins to hold."
     )
     streams: tuple[str, ...] = Field(

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -327,7 +327,8 @@ class EncodedSegment:
         )
 
 
-RESULT_KINDS = ("caption", "alert")
+ResultKind = Literal["caption", "alert"]
+RESULT_KINDS: tuple[ResultKind, ...] = get_args(ResultKind)
 
 
 @dataclass(frozen=True)

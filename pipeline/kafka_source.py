@@ -231,12 +231,12 @@ def client_options(kafka: KafkaSettings, kind: Literal["consumer", "producer"]) 
     from kafka.producer.kafka import KafkaProducer
 
     options = {"consumer": KafkaConsumer.DEFAULT_CONFIG, "producer": KafkaProducer.DEFAULT_CONFIG}
-    known = options["consumer"].keys() | options["producer"].keys()
+    known: set[str] = {*options["consumer"], *options["producer"]}
     if unknown := sorted(kafka.client.keys() - known):
         close = get_close_matches(unknown[0], known, 1)
         raise SourceError(
             f"kafka.client has {', '.join(unknown)}, which kafka-python does not know"
-            f"{f'; did you mean {close[0]}?' if close else ''} Correct kafka.client."
+            f"{f'; did you mean {close[0]}?' if close else '.'} Correct kafka.client."
         )
     chosen = {name: value for name, value in kafka.client.items() if name in options[kind]}
     return {"bootstrap_servers": kafka.bootstrap_servers.split(","), **resolve_secrets(chosen)}

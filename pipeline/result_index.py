@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ..operators.errors import StormlineError
 from .durations import moment_ns
 from .result_tail import Cursor, ResultEvent, ResultTail, newest_cursor
-from .table_reader import check_output_folder
+from .table_reader import check_kind, check_output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,18 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which results; all that are given must hold."""
+    """Which results; all that are given must hold.
+
+    Raises:
+        SettingsError: If no result is of this kind.
+    """
 
     stream: str | None = None  # a name, or a pattern with * ? [ ]
     kind: str | None = None
     query_ids: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
 
 
 @contextmanager

@@ -104,7 +104,8 @@ class StreamView:
         old = self._files.index(self.stream_id, start_ns, end_ns)
         if held is None:
             return RangeIndex(self.stream_id, old, np.zeros(len(old), bool))
-        in_memory = held.index.start_ns // _NS_PER_US * _NS_PER_US
+        near = held.index.overlapping(start_ns, end_ns + _NS_PER_US)
+        in_memory = near.start_ns // _NS_PER_US * _NS_PER_US
         old = old.where((old.start_ns < complete_from_ns) | ~np.isin(old.start_ns, in_memory))
         new = held.index.overlapping(start_ns, end_ns)
         new = new.where(np.flatnonzero(new.start_ns >= complete_from_ns))

@@ -230,8 +230,7 @@ def _stream_id(video: FoundVideo, before: WorkItem | None, taken: set[str]) -> s
 
 def _versioned(before: WorkItem, version: int) -> str:
     """Return the stream of a video's later version: its own, because its times are those of the first one's, too."""
-    first = before.stream_id.removesuffix(f"@{before.version}") if before.version > 1 else before.stream_id
-    return f"{first}@{version}"
+    return f"{before.video_name}@{version}"
 
 
 class ArchiveWatch:

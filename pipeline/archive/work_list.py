@@ -40,6 +40,11 @@ class WorkItem:
     sha256: str = ""
 
     @property
+    def video_name(self) -> str:
+        """Return the stream of its first version: the name of the video, whatever became of it since."""
+        return self.stream_id.removesuffix(f"@{self.version}") if self.version > 1 else self.stream_id
+
+    @property
     def first_offset(self) -> int:
         """Return the offset of its first range."""
         return self.number * RANGES_PER_VIDEO

@@ -110,9 +110,7 @@ def _write_subtitles(
 ) -> Written:
     from ..export.subtitle_files import write_subtitles
     from ..result_index import Wanted, open_result_index
-    from ..table_reader import check_kind
 
-    check_kind(kind)
     wanted = Wanted(stream, kind or (None if query_ids else "caption"), query_ids)
     with open_result_index(out) as index:
         return write_subtitles(index, out, folder, export_format.value, wanted, overwrite=overwrite)

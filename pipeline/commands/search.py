@@ -45,11 +45,10 @@ def search(
       stormline search out '"red car" gate*' --stream 'yard-*' --limit 5 --json
     """
     from ..result_index import Wanted, open_result_index
-    from ..table_reader import check_kind
 
-    check_kind(kind)
+    wanted = Wanted(stream, kind, query or [])
     with open_result_index(out) as index:
-        hits = index.search(text, Wanted(stream, kind, query or []), limit)
+        hits = index.search(text, wanted, limit)
         empty = not index.sessions()
     if not hits:
         nothing = "has no results yet" if empty else f"says nothing like {text!r}; other words may"

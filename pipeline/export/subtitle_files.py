@@ -72,12 +72,7 @@ def _video_names(root: Path) -> dict[Session, str] | None:
     newest = newest_versions(WorkList(root).read()).values()
     if not newest:
         return None
-    return {
-        Session(item.stream_id, item.session): item.stream_id.removesuffix(f"@{item.version}")
-        if item.version > 1
-        else item.stream_id
-        for item in newest
-    }
+    return {Session(item.stream_id, item.session): item.video_name for item in newest}
 
 
 def _paths(

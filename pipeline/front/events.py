@@ -10,17 +10,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
+from ...operators.rows import ResultKind
 from ..result_feed import ResultFeed
 from ..result_tail import Cursor, ResultEvent, newest_cursor
 from .api_errors import ApiError, error_answers
 from .chat_request import bad_request
-
-Kind = Literal["caption", "alert"]
 
 KEEP_ALIVE_S = 15.0  # proxies on the way give up a connection that is silent for a minute or so
 RETRY_MS = 1000  # after which a browser connects again
@@ -141,7 +140,7 @@ def event_routes(source: EventSource, root: Path) -> APIRouter:
     )
     async def follow_events(
         stream: Annotated[list[str], Query(max_length=MAX_PATTERNS, description="Names, or patterns: gate-*.")] = [],  # noqa: B006
-        kind: Annotated[list[Kind], Query(max_length=8)] = [],  # noqa: B006
+        kind: Annotated[list[ResultKind], Query(max_length=8)] = [],  # noqa: B006
         last_event_id: Annotated[str | None, Header(description="Go on after this one.")] = None,
         after: Annotated[str | None, Query(description="The same, for those who cannot send a header.")] = None,
     ) -> StreamingResponse:

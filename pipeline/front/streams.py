@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from ...operators.errors import SettingsError
+from ...operators.rows import ResultKind
 from ..durations import format_moment, parse_since
 from ..file_times import FileTimes
 from ..result_tail import plain_row
@@ -130,7 +131,7 @@ def stream_routes(source: TokenSource, out: Path) -> APIRouter:
     @routes.get("/v1/results", responses=error_answers(400))
     async def list_results(
         stream: Annotated[str | None, Query(description="A name, or a pattern: gate-*.")] = None,
-        kind: Literal["caption", "alert"] | None = None,
+        kind: ResultKind | None = None,
         since: Since = None,
         until: Until = None,
         limit: Limit = 100,
