@@ -6,12 +6,15 @@ the tests hold that each is still there, and the behaviour that they are for.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray.core.generated import gcs_pb2
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
@@ -19,6 +22,7 @@ from ray.data._internal.execution.backpressure_policy import (
     BackpressurePolicy,
 )
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
+from ray.data._internal.execution.interfaces.execution_options import ExecutionResources
 from ray.data._internal.execution.operators import map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
@@ -28,6 +32,7 @@ from ray.exceptions import RayError
 ROWS_IN_FLIGHT = 8  # between two steps: what keeps both busy over a turn of the executor
 EXECUTOR_TURN_S = 0.02  # shorter costs more CPU than it saves time
 FILES_TURN_S = 0.05  # where nobody waits for a row: costs a third of the CPU
+CLUSTER_LOOK_S = 10.0  # how old what is known of the cluster may be
 SOURCE_CPUS = 0.1  # logical ones
 
 generated: Any = gcs_pb2
@@ -68,6 +73,7 @@ def lane_context(context: DataContext, turn_s: float = EXECUTOR_TURN_S) -> None:
     _keep_no_statistics()
     _keep_no_finished_tasks()
     _notice_dead_actors()
+    _reckon_with_the_whole_cluster()
     # Each turn of the executor waits until all its tasks have something, and a source has not: for this long, always.
     # At Ray's 0.1 s a row takes half a second through five steps.
     streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = turn_s
@@ -109,6 +115,25 @@ def _notice_dead_actors() -> None:
 
     pools: Any = _ActorPool
     pools._update_running_actor_state = update
+
+
+def _reckon_with_the_whole_cluster() -> None:
+    """Have an execution reckon with all that the cluster has, rather than with a share among all executions.
+
+    Ray Data shares what is left over between executions, those that were killed included for three minutes: after a few
+    kills a lane's share was too small for its steps, and it stood still until the dead ones' shares expired. A lane's
+    steps say themselves what they want, and Ray's scheduler sees that it is there.
+    """
+    seen: dict[str, Any] = {"at_s": -math.inf, "resources": ExecutionResources.zero()}
+
+    def get_total_resources(autoscaler: Any) -> ExecutionResources:
+        if time.monotonic() - seen["at_s"] > CLUSTER_LOOK_S:
+            seen["resources"] = ExecutionResources.from_resource_dict(ray.cluster_resources())
+            seen["at_s"] = time.monotonic()
+        return seen["resources"]
+
+    autoscalers: Any = RateBasedClusterAutoscaler
+    autoscalers.get_total_resources = get_total_resources
 
 
 def build_dataset(source: Datasource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:

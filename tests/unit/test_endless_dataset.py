@@ -4,9 +4,12 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.data import DataContext
-from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal import cluster_autoscaler
+from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
+from ray.data._internal.execution import streaming_executor, streaming_executor_state
 from ray.data._internal.execution.backpressure_policy import get_backpressure_policies
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.operators import map_operator
@@ -64,6 +67,7 @@ def as_before(monkeypatch):
         (_ActorPool, "_update_running_actor_state"),
         (_StatsManager, "update_execution_metrics"),
         (_StatsManager, "update_iteration_metrics"),
+        (RateBasedClusterAutoscaler, "get_total_resources"),
     ):
         monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))
 
@@ -75,6 +79,22 @@ def test_actor_when_it_died_between_two_rows_then_the_error_names_its_step(as_be
 
     with pytest.raises(RayError, match=r"the worker MapWorker\(MapBatches\(Encode\)\) died between two rows"):
         pool._update_running_actor_state(DeadActor())
+
+
+def test_resources_when_other_executions_were_killed_then_a_lane_still_reckons_with_the_whole_cluster(
+    as_before, monkeypatch
+):
+    assert "self._cluster_autoscaler.get_total_resources()" in inspect.getsource(streaming_executor)
+    assert cluster_autoscaler.DEFAULT_CLUSTER_AUTOSCALER_VERSION == "RATE_BASED"
+    asked = []
+    monkeypatch.setattr(ray, "cluster_resources", lambda: asked.append(1) or {"CPU": 4.0, "memory": 100.0})
+    lane_context(DataContext())
+    autoscaler = object.__new__(RateBasedClusterAutoscaler)  # without a coordinator to ask for a share
+
+    found = [autoscaler.get_total_resources() for _ in range(3)]
+
+    assert [(each.cpu, each.memory) for each in found] == [(4.0, 100.0)] * 3
+    assert asked == [1]
 
 
 def test_lane_context_when_set_then_rows_leave_at_once_and_leave_nothing(as_before):
