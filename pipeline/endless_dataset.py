@@ -128,7 +128,7 @@ def _reckon_with_the_whole_cluster() -> None:
 
     def get_total_resources(autoscaler: Any) -> ExecutionResources:
         if time.monotonic() - seen["at_s"] > CLUSTER_LOOK_S:
-            seen["resources"] = ExecutionResources.from_resource_dict(ray.cluster_resources())
+            seen["resources"] = ExecutionResources.from_resource_dict({**ray.cluster_resources()})
             seen["at_s"] = time.monotonic()
         return seen["resources"]
 
