@@ -22,7 +22,7 @@ from .lag_policy import LagPolicy
 from .lane_source import BarrierTimer, LaneSource
 from .query_settings import names_topic
 from .secret_references import resolve_secrets
-from .sessions import Record, SessionTracker, ends_session, stream_id
+from .sessions import SESSION_IDLE_S, Record, SessionTracker, ends_session, stream_id
 from .settings import KafkaSettings, LagRule
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class SourcePlan:
     barrier_interval_s: float = 2.0
     new_partitions: frozenset[tuple[str, int]] = frozenset()  # found while running: from their beginning, always
     lag: tuple[LagRule, ...] = ()  # what becomes of records that come too late
+    session_idle_s: float = SESSION_IDLE_S  # after which a session without records is over
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Reader:
         self._consumer = consumer
         self._kafka = plan.kafka
         self._interval_s = plan.barrier_interval_s
-        self._tracker = SessionTracker.restore(plan.snapshots)
+        self._tracker = SessionTracker.restore(plan.snapshots, plan.session_idle_s)
         self._lag = LagPolicy(plan.lag)
         with _told_as_ours(plan.kafka, "Taking the partitions"):
             self._assignment, lost = _assign(consumer, plan)
@@ -141,25 +142,26 @@ class _Reader:
                 yield ready
 
     def _take(self, tp: TopicPartition, record: Record) -> list[Segment | Barrier]:
-        """Return the record's segment; nothing for one that was seen before or is too old."""
+        """Return the ends of sessions that it finds silent, and its segment unless it was seen before or is too old."""
         append_ns = record.append_ns
         stream = (record.topic, record.partition, stream_id(record))
         # The last one of a session stays, however old: with it what waits for the session's end is done.
         skip = self._lag.is_too_old(stream, append_ns) and not ends_session(record)
+        ends: list[Segment | Barrier] = [*self._tracker.end_silent(record)]
         segment = self._tracker.skip(record) if skip else self._tracker.take(record)
         self._next_offsets[tp] = record.offset + 1
         self._read_until_ns[tp] = append_ns
         if segment is None:
-            return []
+            return ends
         if tp in self._untold:
             letter = self._untold.pop(tp).dead_letter(segment)
             segment = replace(segment, dead_letters=(letter, *segment.dead_letters))
         if skip:
             self._lag.skipped(segment.meta)
             self._letters += segment.dead_letters
-            return []
+            return ends
         self._lag.taken(segment.meta)
-        return [segment]
+        return [*ends, segment]
 
     def _barrier(self) -> Barrier:
         now_ns = time.time_ns()
@@ -169,7 +171,8 @@ class _Reader:
             lag = max(0, end - next_offset) if end is not None else -1
             until_ns = now_ns if lag == 0 else self._read_until_ns[tp]
             positions.append(Position(tp.topic, tp.partition, next_offset, lag, until_ns))
-        letters, self._letters = [*self._letters, *self._lag.take_letters()], []
+        letters = [*self._letters, *self._lag.take_letters(), *self._tracker.take_letters()]
+        self._letters = []
         counters = dict(self._tracker.counters)
         barrier = Barrier(tuple(positions), made_ns=now_ns, counters=counters, dead_letters=tuple(letters))
         return barrier.with_snapshots(STEP_NAME, self._tracker.snapshot())

@@ -167,6 +167,7 @@ def lane_dataset(plan: LanePlan, n_taken: Callable[[], int]) -> Dataset:
                 barrier_interval_s=lanes.barrier_interval_s,
                 new_partitions=plan.new_partitions,
                 lag=tuple(settings.lag),
+                session_idle_s=lanes.session_idle_s,
             )
         )
     decode = {

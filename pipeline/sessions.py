@@ -1,20 +1,24 @@
 """From Kafka records to segments: whose record it is, which session, which place in it.
 
 The source is the one place that sees a stream's records in order, so it decides here what is new, repeated or
-missing. The decision needs a small state for each stream, which travels with the barriers and is restored with
-the offsets.
+missing, and which session has fallen silent and is over. The decision needs a small state for each stream, which
+travels with the barriers and is restored with the offsets. The time is that of the partition's records: a replay
+decides the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..operators.errors import CheckpointError
 from ..operators.rows import DeadLetter, Segment, SegmentMeta
 
-CURSOR_VERSION = 2
+CURSOR_VERSION = 3
+READABLE_VERSIONS = (2, CURSOR_VERSION)
+SESSION_IDLE_S = 3600.0
+MOST_ENDED = 1000  # streams of a partition that are remembered after their end
 # The year 2200: later times are mistakes, as of microseconds for milliseconds. Those near the end of 64 bits could not
 # be written, and those after the year 9999 not be read by Python.
 MAX_TIME_NS = 7_258_118_400 * 10**9
@@ -31,8 +35,11 @@ class StreamCursor:
     next_seq: int
     ended: bool = False
     previous_session: str | None = None  # its late records are dropped, not taken for a new session
+    previous_next_seq: int = 0  # of that session: records from there on were never taken
     skipped: int = 0  # segments that were skipped since the newest one taken
     said: str | None = None  # the session as its publisher calls it, where it ended one of that name before
+    heard_ns: int = 0  # its partition's time at its newest record
+    silent: bool = False  # silence ended the session, not its publisher
 
 
 @dataclass(frozen=True)
@@ -53,21 +60,98 @@ class Record:
         return self.timestamp_ms * 1_000_000 if 0 <= self.timestamp_ms <= MAX_TIME_MS else 0
 
 
+@dataclass
+class _Partition:
+    """The streams of one partition, those that were heard of last at the end."""
+
+    streams: dict[str, StreamCursor] = field(default_factory=dict)
+    clock_ns: int = 0  # what its records' timestamps have come to
+    forgot: bool = False  # a stream that had ended: an unknown one is not certain to be new
+
+    def __post_init__(self) -> None:
+        self._n_ended = sum(cursor.ended for cursor in self.streams.values())
+        self._none_silent_until_ns = 0
+
+    def put(self, name: str, cursor: StreamCursor) -> None:
+        before = self.streams.get(name)
+        self._n_ended += cursor.ended - (before is not None and before.ended)
+        if before is None or cursor.heard_ns != before.heard_ns:
+            self.streams.pop(name, None)
+        self.streams[name] = cursor
+        while self._n_ended > MOST_ENDED:
+            del self.streams[next(name for name, each in self.streams.items() if each.ended)]
+            self._n_ended -= 1
+            self.forgot = True
+
+    def advance(self, append_ns: int, most_ns: int) -> None:
+        """Let time pass up to a record's timestamp, but not far: one that is wrong must not end all that is there."""
+        if not append_ns:
+            return
+        if not self.clock_ns:
+            self.clock_ns = append_ns
+            self.streams = {name: replace(each, heard_ns=append_ns) for name, each in self.streams.items()}
+        self.clock_ns = max(self.clock_ns, min(append_ns, self.clock_ns + most_ns))
+
+    def fallen_silent(self, idle_ns: int) -> list[str]:
+        """Return the streams whose session goes on and that were not heard of for so long, sorted."""
+        if self.clock_ns <= self._none_silent_until_ns:
+            return []
+        names = []
+        self._none_silent_until_ns = self.clock_ns + idle_ns
+        for name, cursor in self.streams.items():
+            if cursor.ended:
+                continue
+            if self.clock_ns - cursor.heard_ns <= idle_ns:
+                self._none_silent_until_ns = cursor.heard_ns + idle_ns
+                break
+            names.append(name)
+        return sorted(names)
+
+
 class SessionTracker:
     """Turn records of some partitions into segments, in order.
 
     A record may carry the headers `session`, `seq`, `start_ns`, `content-type` and `end`. Each may be missing:
-    the session is then one that never ends, the sequence is counted, the time is the record's timestamp.
+    the session is then one that only silence ends, the sequence is counted, the time is the record's timestamp.
 
-    Guarantee: the same records after the same restored cursors give the same segments.
+    Guarantee: the same records after the same restored snapshots give the same segments.
+
+    Args:
+        idle_s: A session without a record for so long, by the timestamps of its partition's records, is over.
     """
 
-    def __init__(self, cursors: Mapping[tuple[str, int], Mapping[str, StreamCursor]] | None = None):
-        self._cursors: dict[tuple[str, int], dict[str, StreamCursor]] = {
-            partition: dict(streams) for partition, streams in (cursors or {}).items()
-        }
-        counted = ("records", "bytes", "duplicates", "gaps", "bad_headers", "skipped")
+    def __init__(self, idle_s: float = SESSION_IDLE_S):
+        self._idle_ns = round(idle_s * 1e9)
+        self._partitions: dict[tuple[str, int], _Partition] = {}
+        self._strays: dict[tuple[str, int, str], DeadLetter] = {}  # of records beside the session, by stream
+        counted = ("records", "bytes", "duplicates", "gaps", "bad_headers", "skipped", "strays")
         self.counters: dict[str, int] = dict.fromkeys(counted, 0)
+
+    def end_silent(self, record: Record) -> list[Segment]:
+        """Return the ends of the sessions that are over by the time of this record, which is to be taken next."""
+        partition = self._partitions.setdefault((record.topic, record.partition), _Partition())
+        partition.advance(record.append_ns, self._idle_ns // 20)
+        ends = []
+        for name in partition.fallen_silent(self._idle_ns):
+            cursor = partition.streams[name]
+            partition.put(name, replace(cursor, ended=True, silent=True, skipped=0))
+            meta = SegmentMeta(
+                stream_id=name,
+                session=cursor.session,
+                seq=cursor.next_seq,
+                start_ns=record.append_ns,
+                session_start_ns=cursor.session_start_ns,
+                content_type="",
+                end=True,
+                gap_segments=cursor.skipped,
+                topic=record.topic,
+                partition=record.partition,
+                offset=record.offset,
+                append_ns=record.append_ns,
+                n_bytes=0,
+            )
+            ends.append(Segment(meta, b""))
+        return ends
 
     def take(self, record: Record) -> Segment | None:
         """Return the record's segment, or None for one that was seen before (counted as a duplicate)."""
@@ -88,12 +172,16 @@ class SessionTracker:
         headers, bad = _read_headers(record)
         self.counters["bad_headers"] += len(bad)
         name = stream_id(record)
-        streams = self._cursors.setdefault((record.topic, record.partition), {})
-        cursor = streams.get(name)
+        partition = self._partitions.setdefault((record.topic, record.partition), _Partition())
+        before = partition.streams.get(name)
 
-        placed = _place(cursor, headers, record)
+        placed = _place(before, headers, record, partition.forgot)
         if placed is None:
-            self.counters["duplicates"] += 1
+            if before is not None and _is_stray(before, headers):
+                partition.put(name, replace(before, previous_next_seq=(headers.seq or 0) + 1))
+                self._note_stray(name, before, record)
+            else:
+                self.counters["duplicates"] += 1
             return None
         cursor, seq, missing = placed
         start_ns = headers.start_ns if headers.start_ns is not None else record.append_ns
@@ -101,7 +189,17 @@ class SessionTracker:
             cursor = replace(cursor, session_start_ns=start_ns)
         gap_segments = cursor.skipped + missing
         skipped = gap_segments + 1 if skip else 0
-        streams[name] = replace(cursor, next_seq=seq + 1, ended=headers.end, skipped=skipped)
+        partition.put(
+            name,
+            replace(
+                cursor,
+                next_seq=seq + 1,
+                ended=headers.end,
+                silent=False,
+                skipped=skipped,
+                heard_ns=partition.clock_ns,
+            ),
+        )
         self.counters["skipped"] += skip
         meta = SegmentMeta(
             stream_id=name,
@@ -125,32 +223,67 @@ class SessionTracker:
             notices.append(DeadLetter.of(meta, "gap", detail))
         return Segment(meta, b"" if skip else value, tuple(notices))
 
+    def take_letters(self) -> list[DeadLetter]:
+        """Return what tells of the records, since the last call, that were of another session than their stream's."""
+        letters, self._strays = [*self._strays.values()], {}
+        return letters
+
+    def _note_stray(self, name: str, cursor: StreamCursor, record: Record) -> None:
+        self.counters["strays"] += 1
+        key = (record.topic, record.partition, name)
+        n_bytes = len(record.value or b"")
+        if key in self._strays:
+            self._strays[key] = replace(self._strays[key], n_bytes=self._strays[key].n_bytes + n_bytes)
+            return
+        self._strays[key] = DeadLetter(
+            reason="two_sessions",
+            detail=f"records of session {cursor.previous_session!r} came from offset {record.offset} on, after session "
+            f"{cursor.session!r} had begun, and were left out; do two publishers send as stream {name!r}?",
+            stream_id=name,
+            session=cursor.previous_session or "",
+            seq=cursor.previous_next_seq,
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            start_ns=record.append_ns,
+            n_bytes=n_bytes,
+        )
+
     def snapshot(self) -> dict[tuple[str, int], bytes]:
-        """Return each partition's cursors after the last record taken."""
-        return {
-            partition: json.dumps(
-                {"version": CURSOR_VERSION, "streams": {name: asdict(c) for name, c in sorted(streams.items())}}
-            ).encode()
-            for partition, streams in self._cursors.items()
-        }
+        """Return each partition's state after the last record taken."""
+        return {key: _pack(partition) for key, partition in self._partitions.items()}
 
     @classmethod
-    def restore(cls, snapshots: Mapping[tuple[str, int], bytes]) -> SessionTracker:
+    def restore(cls, snapshots: Mapping[tuple[str, int], bytes], idle_s: float = SESSION_IDLE_S) -> SessionTracker:
         """Build a tracker that goes on after the snapshots.
 
         Raises:
             CheckpointError: If a snapshot is of another version.
         """
-        cursors = {}
+        tracker = cls(idle_s)
         for (topic, partition), data in snapshots.items():
             state = json.loads(bytes(data))
-            if state["version"] != CURSOR_VERSION:
+            if state["version"] not in READABLE_VERSIONS:
                 raise CheckpointError(
                     f"source state of {topic}[{partition}] has version {state['version']}, expected {CURSOR_VERSION}: "
                     "it was written by another stormline; use that one, or a new output folder"
                 )
-            cursors[topic, partition] = {name: StreamCursor(**c) for name, c in state["streams"].items()}
-        return cls(cursors)
+            streams = {name: StreamCursor(**cursor) for name, cursor in state["streams"].items()}
+            tracker._partitions[topic, partition] = _Partition(
+                streams, state.get("clock_ns", 0), state.get("forgot", False)
+            )
+        return tracker
+
+
+def _pack(partition: _Partition) -> bytes:
+    streams = {name: vars(cursor) for name, cursor in partition.streams.items()}
+    state = {
+        "version": CURSOR_VERSION,
+        "clock_ns": partition.clock_ns,
+        "forgot": partition.forgot,
+        "streams": streams,
+    }
+    return json.dumps(state).encode()
 
 
 @dataclass(frozen=True)
@@ -162,28 +295,45 @@ class _Headers:
     end: bool = False
 
 
-def _place(cursor: StreamCursor | None, headers: _Headers, record: Record) -> tuple[StreamCursor, int, int] | None:
+def _place(
+    cursor: StreamCursor | None, headers: _Headers, record: Record, forgot: bool
+) -> tuple[StreamCursor, int, int] | None:
     """Return the cursor to go on with, the record's seq and the segments missing before it; None for a repeat."""
     session = headers.session if headers.session is not None else (cursor.session if cursor else "")
     if cursor is not None and cursor.said is not None and session == cursor.said:
         session = cursor.session
-    is_new = cursor is None or session != cursor.session or (cursor.ended and headers.seq is None)
+    is_new = cursor is None or session != cursor.session or (cursor.ended and (headers.seq is None or cursor.silent))
     if cursor is not None and session == cursor.previous_session:
         return None
     if is_new:
         seq = headers.seq or 0
-        # Two sessions that their publisher did not name, or named alike, are told apart by where they began.
         said = None
-        if cursor is not None and session == cursor.session:
+        # Two sessions that their publisher did not name, or named alike, are told apart by where they began.
+        before = cursor if cursor is not None and session == cursor.session else None
+        if before is not None or (cursor is None and forgot and (headers.session is None or headers.seq != 0)):
             said = headers.session
             session = f"{said or ''}@{record.topic}-{record.partition}-{record.offset}"
-        fresh = StreamCursor(session, -1, seq, previous_session=cursor.session if cursor else None, said=said)
-        return fresh, seq, seq
+        fresh = StreamCursor(
+            session,
+            session_start_ns=-1,
+            next_seq=seq,
+            previous_session=cursor.session if cursor else None,
+            previous_next_seq=cursor.next_seq if cursor else 0,
+            said=said,
+        )
+        return fresh, seq, seq - before.next_seq if before is not None and seq >= before.next_seq else seq
     assert cursor is not None
     seq = headers.seq if headers.seq is not None else cursor.next_seq
     if seq < cursor.next_seq:
         return None
     return cursor, seq, seq - cursor.next_seq
+
+
+def _is_stray(cursor: StreamCursor, headers: _Headers) -> bool:
+    """Tell whether a record that was dropped is of the session before, and was never taken."""
+    if headers.session in (None, cursor.said) or headers.session != cursor.previous_session:
+        return False
+    return headers.seq is not None and headers.seq >= cursor.previous_next_seq
 
 
 def ends_session(record: Record) -> bool:

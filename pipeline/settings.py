@@ -143,6 +143,11 @@ class LaneSettings(_Section):
         ge=256 << 20,
         description="A decoder gets no more memory than this, beyond what it starts with; 8K video takes 2 GB.",
     )
+    session_idle_s: float = Field(
+        3600.0,
+        gt=0,
+        description="A stream without a record for so long has ended, by the timestamps of its partition's records.",
+    )
     restart_backoff_s: float = Field(
         1.0, gt=0, description="A lane restarts at once; again with no commit between, after this; doubles up to 30 s."
     )

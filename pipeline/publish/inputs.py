@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ...operators.errors import PublishError
 from .segmenter import round_ms
@@ -26,6 +26,21 @@ VIDEO_SUFFIXES = frozenset(
     | {".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
 )
 FINITE_SCHEMES = ("http", "https", "rtsp", "rtsps")  # these may also give files, not only live streams
+STREAM_SUFFIXES = VIDEO_SUFFIXES | {".cgi", ".m3u8", ".mpd", ".sdp"}  # at an address's end; others tell streams apart
+# What recorders and cameras call their streams by in an address; the rest of its query may be secret, or new each time.
+QUERY_NAMES = (
+    "camera",
+    "cam",
+    "channel",
+    "ch",
+    "id",
+    "input",
+    "profile",
+    "stream",
+    "streamid",
+    "streamtype",
+    "subtype",
+)
 PLAYLIST_FORMATS = ("hls", "dash")
 UNTIMED_FORMATS = ("mpjpeg",)  # cameras' JPEGs over HTTP: FFmpeg would count them as 25 a second
 WALL_CLOCK = "use_wallclock_as_timestamps"  # FFmpeg's option: a packet's time is when it came
@@ -123,7 +138,10 @@ def _url_stream_id(url: str) -> str:
             f"{url.partition('://')[0]}://…: its host or port cannot be read; in a user's name or a password write "
             "%23 for #, %2F for /, %3F for ?, %40 for @, %5B for ["
         ) from None
-    text = f"{parts.hostname or ''}-{port or ''}-{parts.path.rpartition('.')[0] or parts.path}"
+    path = PurePosixPath(parts.path)
+    path = path.with_suffix("") if path.suffix.lower() in STREAM_SUFFIXES else path
+    said = [value for name, value in parse_qsl(parts.query) if name.lower() in QUERY_NAMES]
+    text = "-".join((parts.hostname or "", str(port or ""), str(path).strip("."), *said))
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-") or "stream"
 
 

@@ -696,6 +696,22 @@ def test_password_of_a_url_is_shown_nowhere():
     assert "secret" not in f"{spec!r} {spec.name} {spec.stream_id}"
 
 
+@pytest.mark.parametrize(
+    ("url", "stream_id"),
+    [
+        ("rtsp://nvr/cam/realmonitor?channel=2&subtype=1", "nvr-cam-realmonitor-2-1"),
+        ("rtsp://nvr:554/h264/ch1.main", "nvr-554-h264-ch1.main"),
+        ("rtsp://nvr:554/h264/ch1.sub", "nvr-554-h264-ch1.sub"),
+        ("https://site/live/gate.m3u8?token=0123secret&expires=99", "site-live-gate"),
+        ("srt://relay:9000?streamid=gate%202&passphrase=secret", "relay-9000-gate-2"),
+        ("tcp://127.0.0.1:9000", "127.0.0.1-9000"),
+        ("http://camera/", "camera"),
+    ],
+)
+def test_stream_of_a_url_when_not_named_is_called_by_what_tells_it_from_others_and_by_nothing_secret(url, stream_id):
+    assert [spec.stream_id for spec in expand_sources([url])] == [stream_id]
+
+
 @pytest.mark.parametrize("wrong", [{"speed": -1}, {"loop": 0}, {"segment_s": 0}, {"method": "fast"}, {"bitrate": 5}])
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(SettingsError, match=next(iter(wrong))):

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from stormline.operators.errors import CheckpointError
-from stormline.pipeline.sessions import Record, SessionTracker
+from stormline.pipeline.sessions import MOST_ENDED, Record, SessionTracker
 
 T0_NS = 1_700_000_000_000_000_000
 
@@ -169,3 +171,107 @@ def test_session_when_several_of_one_name_end_one_after_the_other_then_each_is_t
     assert [seq for _, seq in seen] == [0, 1] * 4
     assert sessions == [s for place in ("", "@video-0-2", "@video-0-4", "@video-0-6") for s in [f"{first}{place}"] * 2]
     assert tracker.counters["duplicates"] == 0
+
+
+def heard(offset, seq, second, key=b"cam", session="s1", **more):
+    return published(offset, seq, session, key=key, timestamp_ms=T0_NS // 10**6 + second * 1000, **more)
+
+
+def take_all(tracker, records):
+    """Return what each record gives, the ends of silent sessions before its own segment."""
+    segments = []
+    for each in records:
+        segments += [*tracker.end_silent(each), tracker.take(each)]
+    return [segment for segment in segments if segment is not None]
+
+
+def test_session_when_silent_for_long_then_it_ends_and_what_comes_later_is_another_after_no_gap():
+    tracker = SessionTracker(idle_s=60)
+    others = [heard(2 + i, i, 3 * i, key=b"other") for i in range(30)]
+
+    segments = take_all(tracker, [heard(0, 0, 0), heard(1, 1, 1), *others, heard(40, 2, 90), heard(41, 2, 91)])
+
+    mine = [s.meta for s in segments if s.meta.stream_id == "cam"]
+    assert [(m.session, m.seq, m.end, m.n_bytes) for m in mine] == [
+        ("s1", 0, False, 5),
+        ("s1", 1, False, 5),
+        ("s1", 2, True, 0),
+        ("s1@video-0-40", 2, False, 5),
+    ]
+    assert mine[-1].gap_segments == 0
+    assert mine[2].offset == 2 + 21  # of the record whose time showed it: 63 s
+    assert tracker.counters["duplicates"] == 1
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 6, 24, 25, 26, 27, 30, 60])
+def test_silence_when_the_lane_restarts_anywhere_then_the_same_sessions_end_at_the_same_records(cut):
+    records = [heard(i, i, 0, key=b"cam-%d" % i) for i in range(5)] + [
+        heard(5 + i, i, 3 * i, key=b"other" if i < 40 else b"cam-%d" % (i % 5)) for i in range(60)
+    ]
+    whole = take_all(SessionTracker(idle_s=60), records)
+
+    tracker = SessionTracker(idle_s=60)
+    segments = take_all(tracker, records[:cut])
+    segments += take_all(SessionTracker.restore(tracker.snapshot(), idle_s=60), records[cut:])
+
+    assert [s.meta for s in segments] == [s.meta for s in whole]
+    assert sum(s.meta.end for s in whole) == 5
+    assert len({(s.meta.stream_id, s.meta.session) for s in whole}) == 11
+
+
+def test_silence_when_one_timestamp_is_a_day_ahead_then_no_session_ends():
+    tracker = SessionTracker(idle_s=3600)
+    wrong = [heard(1 + 2 * i, i, 86_400 + i, key=b"wrong") for i in range(200)]
+    right = [heard(2 + 2 * i, i, i) for i in range(200)]
+
+    segments = take_all(tracker, [each for pair in zip(wrong, right, strict=True) for each in pair])
+
+    assert not any(s.meta.end for s in segments)
+    assert len(segments) == 400
+
+
+def test_silence_when_records_have_no_timestamps_then_no_session_ends():
+    tracker = SessionTracker(idle_s=0.001)
+
+    segments = take_all(tracker, [record(i, key=b"cam-%d" % (i % 3), timestamp_ms=-1) for i in range(30)])
+
+    assert not any(s.meta.end for s in segments)
+
+
+def test_snapshot_when_of_the_version_before_then_its_streams_go_on_and_silence_counts_from_now():
+    cursor = {"session": "s1", "session_start_ns": T0_NS, "next_seq": 4, "previous_session": None, "skipped": 0}
+    old = json.dumps({"version": 2, "streams": {"cam": cursor | {"ended": False, "said": None}}}).encode()
+    tracker = SessionTracker.restore({("video", 0): old}, idle_s=60)
+
+    segments = take_all(tracker, [heard(0, 0, 0, key=b"other"), heard(1, 4, 50)])
+
+    assert [(s.meta.stream_id, s.meta.session, s.meta.seq) for s in segments] == [("other", "s1", 0), ("cam", "s1", 4)]
+
+
+def test_streams_when_a_great_many_have_ended_then_the_state_stays_small_and_no_session_comes_twice():
+    tracker = SessionTracker()
+    names = [b"upload-%d" % i for i in range(MOST_ENDED + 500)]
+
+    first = take_all(tracker, [record(i, key=name, end=1) for i, name in enumerate(names)])
+    tracker = SessionTracker.restore(tracker.snapshot())
+    again = take_all(tracker, [record(10_000 + i, key=name) for i, name in enumerate(names)])
+
+    size = len(tracker.snapshot()["video", 0])
+    take_all(tracker, [record(20_000 + i, key=name, end=1) for i, name in enumerate(names)])
+    assert len(tracker.snapshot()["video", 0]) < size
+    assert len(json.loads(tracker.snapshot()["video", 0])["streams"]) == MOST_ENDED
+    assert len({(s.meta.stream_id, s.meta.session) for s in (*first, *again)}) == 2 * len(names)
+
+
+def test_session_when_two_publishers_send_as_one_stream_then_what_is_left_out_is_told_once():
+    tracker = SessionTracker()
+    records = [published(2 * i + k, i, session) for i in range(50) for k, session in enumerate("AB")]
+
+    segments = take_all(tracker, records)
+
+    assert [s.meta.session for s in segments] == ["A", *"B" * 50]
+    (letter,) = tracker.take_letters()
+    assert (letter.reason, letter.stream_id, letter.session, letter.offset) == ("two_sessions", "cam", "A", 2)
+    assert letter.n_bytes == 49 * len(b"media")
+    assert "do two publishers send as stream 'cam'?" in letter.detail
+    assert (tracker.counters["strays"], tracker.counters["duplicates"], tracker.take_letters()) == (49, 0, [])
