@@ -110,6 +110,22 @@ def test_source_when_retention_deleted_what_it_wants_then_goes_on_and_records_th
     assert letter in mine[0].dead_letters
 
 
+def test_source_when_a_stream_falls_silent_then_its_session_ends_before_the_record_that_shows_it(read):
+    def make(tp, offset):
+        key = b"silent" if offset < 3 else b"cam"
+        return SimpleNamespace(**vars(record(tp, offset)) | {"key": key, "timestamp": 1000 * (offset + 1)})
+
+    rows = read({VIDEO: (0, 100)}, 100, next_offsets={}, make=make, session_idle_s=40.0)
+
+    metas = [Segment.from_row(row).meta for row in rows if row.kind == Segment.KIND]
+    at = next(i for i, meta in enumerate(metas) if meta.end)
+    end, following = metas[at], metas[at + 1]
+    assert (end.stream_id, end.session, end.seq, end.n_bytes) == ("silent", "s", 3, 0)
+    assert (end.offset, following.stream_id, following.offset) == (43, "cam", 43)
+    assert sum(meta.end for meta in metas) == 1
+    assert [row.lane_seq for row in rows] == list(range(100))
+
+
 def test_source_when_nothing_is_left_yet_then_no_barrier_steps_over_the_gap(read):
     rows = read({VIDEO: (40, 40)}, 3, interval_s=0.0, next_offsets={("video", 0): 25})
 
