@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for a lane's last commit; after that it is killed, which loses nothing but the time to redo it
 MAX_BACKOFF_S = 30.0
+MOST_DOUBLINGS = 64  # of the first wait: long past the longest one, and a number for ever
 START_LIMIT_S = (
     600.0  # of a lane until its first commit: it loads its model, which may be large and come over a network
 )
@@ -388,7 +389,8 @@ class Supervisor:
                 "What was committed is safe: mend the cause and run again."
             )
         # At once where it had committed meanwhile: what killed it is over, as a rule.
-        wait_s = 0.0 if slot.restarts == 1 else min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2 ** (slot.restarts - 2))
+        doublings = min(slot.restarts - 2, MOST_DOUBLINGS)
+        wait_s = 0.0 if slot.restarts == 1 else min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2**doublings)
         slot.retry_at_s = time.monotonic() + wait_s
         soon = f"in {wait_s:.0f} s" if wait_s else "at once"
         self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint {soon}")

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
+MOST_DOUBLINGS = 16  # of the first wait: long past the longest one, and a number for ever
 
 
 def publish_source(
@@ -155,7 +156,7 @@ class StreamPublisher:
         return is_open or self._spec.waits_for_sender or bool(self.report.sessions)
 
     def _wait_to_reconnect(self, failures: int) -> None:
-        wait_s = min(FIRST_BACKOFF_S * 2**failures, LONGEST_BACKOFF_S)
+        wait_s = min(FIRST_BACKOFF_S * 2 ** min(failures, MOST_DOUBLINGS), LONGEST_BACKOFF_S)
         self._notice(f"connection lost; next try in {wait_s:g} s, as a new session")
         self._stop.wait(wait_s)
 

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from archive_proof.scheduling import kept_scheduling
+from list_producer import ListProducer, ListSender
 
 from stormline.operators.errors import PublishError, SettingsError
 from stormline.operators.rgb import RgbConverter
@@ -29,7 +30,6 @@ from stormline.pipeline.publish.inputs import (
     without_password,
 )
 from stormline.pipeline.publish.options import PublishOptions
-from stormline.pipeline.publish.producer import SegmentHeader, StreamSender
 from stormline.pipeline.publish.publisher import StreamPublisher
 from stormline.pipeline.publish.segmenter import GopTooLargeError, MediaSegment, Segmenter, round_ms
 
@@ -523,33 +523,6 @@ def test_recovery_point_is_clean_only_when_reached_at_once():
 )
 def test_round_ms_rounds_halves_up(pts, time_base, ms):
     assert round_ms(pts, time_base) == ms
-
-
-class ListSender(StreamSender):
-    """Keeps what it is given; lets a test act after each segment."""
-
-    def __init__(self, after=lambda n: None):
-        self.stream_id = "street"
-        self.sent: list[tuple[MediaSegment, SegmentHeader]] = []
-        self.after = after
-
-    def send(self, segment: MediaSegment, header: SegmentHeader) -> None:
-        self.sent.append((segment, header))
-        self.after(len(self.sent))
-
-    def flush(self) -> None:
-        pass
-
-
-class ListProducer:
-    """Hands out one sender."""
-
-    def __init__(self, sender: ListSender):
-        self.sender = sender
-
-    def stream(self, stream_id: str) -> ListSender:
-        self.sender.stream_id = stream_id
-        return self.sender
 
 
 def publish(source: str, sender: ListSender, stop: threading.Event | None = None, **options):

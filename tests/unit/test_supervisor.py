@@ -89,6 +89,16 @@ def test_lane_when_it_fails_for_the_first_time_then_restarts_at_once_and_later_w
     assert waits == ["at once", "in 5 s", "in 10 s"]
 
 
+def test_lane_when_it_has_failed_for_days_then_it_still_waits_and_tries_again(failed):
+    supervisor, slot, told = failed
+    supervisor._settings = load_settings(None, ["lanes.restart_backoff_s=5", "lanes.max_restarts=100000"])
+    slot.restarts = 5000
+
+    supervisor._back_off(slot, "it broke")
+
+    assert told[-1].endswith("restart from its checkpoint in 30 s")
+
+
 @pytest.mark.parametrize(
     ("epoch", "idle_s", "is_stalled"),
     [(0, 300.0, False), (1, 300.0, True), (1, 3.0, False)],
