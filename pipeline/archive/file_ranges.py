@@ -2,7 +2,8 @@
 
 A range begins with a keyframe's frames. Frames that are shown before that keyframe but stored after it (leading frames
 of an open GOP) need the GOP before: the range then starts to decode one GOP earlier and keeps nothing of that. So all
-ranges together give each frame once, the same ones as the file in one go. What cannot be cut safely stays one range.
+ranges together give each frame once, the same ones as the file in one go. What cannot be cut safely stays one range:
+also all that follows where the codec's parameters change on the way, which a decoder that begins later is not told.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import av
 import av.error
 
 from ...operators.media import demuxed, ffmpeg_errors, first_line, open_media, open_video_stream, opened_uri
-from ..publish.gops import h264_starts_clean, nal_length_bytes
+from ..publish.gops import CodecParameters, h264_starts_clean
 from ..publish.segmenter import has_true_pts
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class _Gop:
     first_pts: int | None = None  # shown first
     last_pts: int | None = None  # shown last
     timed: bool = True  # every packet has a time
+    has_other_parameters: bool = False  # than at the file's start: its decoder was configured anew on the way
     n_bytes: int = 0
 
     def take(self, packet: av.Packet) -> None:
@@ -106,7 +108,7 @@ def _cut(
     n_bytes = 0
     cuttable = True
     for gop in gops:
-        cuttable &= gop.timed
+        cuttable &= gop.timed and not gop.has_other_parameters
         if before is None:
             # Leading frames of the first GOP have nothing to refer to, and are never shown.
             origin_pts = gop.key_pts if gop.leads and gop.key_pts is not None else gop.first_pts
@@ -145,18 +147,21 @@ class _Gops:
 
     def __iter__(self) -> Iterator[_Gop]:
         context = self._stream.codec_context
-        is_h264, length_bytes = context.name == "h264", nal_length_bytes(context.extradata)
+        is_h264, parameters = context.name == "h264", CodecParameters(context.extradata)
+        has_other_parameters = False
         gop: _Gop | None = None
         try:
             for packet in demuxed(self._container, self._stream):
                 if not packet.size:
                     continue
+                has_other_parameters |= parameters.change_with(packet)
                 if packet.is_keyframe:
-                    clean = not is_h264 or h264_starts_clean(bytes(packet), length_bytes)
+                    clean = not is_h264 or h264_starts_clean(bytes(packet), parameters.nal_length_bytes)
                     if gop is not None:
                         yield gop
                     gop = _Gop(packet.pts, clean)
                 if gop is not None:  # nothing can be made of packets before the first keyframe
+                    gop.has_other_parameters = has_other_parameters
                     gop.take(packet)
         except av.error.FFmpegError as error:
             logger.debug("container broke off error=%s", error)

@@ -27,6 +27,7 @@ class Gop:
 
     packets: tuple[av.Packet, ...]
     is_clean_start: bool = True  # False: its first picture is not a whole one
+    has_new_parameters: bool = False  # its decoder is configured anew before it, or on the way
 
     @property
     def key_pts(self) -> int | None:
@@ -47,6 +48,8 @@ class Gop:
             return "has frames without a time"
         if any(p.is_discard for p in self.packets):
             return "hides frames by an edit list"
+        if self.has_new_parameters:
+            return "changes its codec parameters on the way"
         if not self.is_clean_start:
             return "refreshes its picture gradually, without clean keyframes"
         if self.leading:
@@ -54,21 +57,47 @@ class Gop:
         return None
 
 
+class CodecParameters:
+    """A codec's configuration as a stream tells it: at its start, and again where an encoder has changed it.
+
+    Args:
+        extradata: The configuration at the stream's start.
+    """
+
+    def __init__(self, extradata: bytes | None):
+        self._in_force = extradata or b""
+
+    def change_with(self, packet: av.Packet) -> bool:
+        """Take the next packet; return whether it tells another configuration. Servers repeat the one in force."""
+        if not packet.has_sidedata("new_extradata"):
+            return False
+        before, self._in_force = self._in_force, bytes(packet.get_sidedata("new_extradata"))
+        return self._in_force != before
+
+    @property
+    def nal_length_bytes(self) -> int:
+        """Return how many bytes give a NAL unit's length in H.264 packets; 0 where start codes part them (Annex B)."""
+        if len(self._in_force) < 5 or self._in_force[0] != 1:  # 1: AVCDecoderConfigurationRecord's version
+            return 0
+        return (self._in_force[4] & 3) + 1
+
+
 class GopReader:
     """Collects packets into groups, one pass over one stream.
 
     Args:
         codec_name: FFmpeg's name of the codec.
-        extradata: The stream's codec configuration: says how H.264 packets are laid out.
+        extradata: The stream's codec configuration at its start.
         merge_unclean: Let a group that has no clean start join the one before, instead of standing alone.
     """
 
     def __init__(self, codec_name: str, extradata: bytes | None = None, *, merge_unclean: bool = False):
         self._is_h264 = codec_name == "h264"
-        self._nal_length_bytes = nal_length_bytes(extradata)
+        self._parameters = CodecParameters(extradata)
         self._merge_unclean = merge_unclean
         self._pending: list[av.Packet] = []
         self._is_clean_start = True
+        self._has_new_parameters = False
         self.pending_bytes = 0  # size of the group that is still growing
         self.n_skipped = 0  # packets before the first keyframe: nothing can be made of them
 
@@ -84,15 +113,18 @@ class GopReader:
 
     def push(self, packet: av.Packet) -> Gop | None:
         """Take the next packet in decode order; return the group that it completes by starting another."""
+        changes = self._parameters.change_with(packet)
         if not packet.is_keyframe and not self._pending:
+            self._has_new_parameters |= changes
             self.n_skipped += 1
             return None
         completed = None
         if packet.is_keyframe:
-            is_clean = not self._is_h264 or h264_starts_clean(bytes(packet), self._nal_length_bytes)
+            is_clean = not self._is_h264 or h264_starts_clean(bytes(packet), self._parameters.nal_length_bytes)
             if is_clean or not self._merge_unclean or not self._pending:
                 completed = self.flush()
                 self._is_clean_start = is_clean
+        self._has_new_parameters |= changes
         self._pending.append(packet)
         self.pending_bytes += packet.size
         return completed
@@ -101,17 +133,10 @@ class GopReader:
         """Return what is left as a group, at the end of the input."""
         if not self._pending:
             return None
-        gop = Gop(tuple(self._pending), self._is_clean_start)
-        self._pending = []
+        gop = Gop(tuple(self._pending), self._is_clean_start, self._has_new_parameters)
+        self._pending, self._has_new_parameters = [], False
         self.pending_bytes = 0
         return gop
-
-
-def nal_length_bytes(extradata: bytes | None) -> int:
-    """Return how many bytes give a NAL unit's length in H.264 packets; 0 where start codes part them (Annex B)."""
-    if extradata is None or len(extradata) < 5 or extradata[0] != 1:  # 1: AVCDecoderConfigurationRecord's version
-        return 0
-    return (extradata[4] & 3) + 1
 
 
 def h264_starts_clean(packet: bytes, length_bytes: int) -> bool:

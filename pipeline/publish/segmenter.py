@@ -67,6 +67,14 @@ class GopTooLargeError(Exception):
         self.n_bytes = n_bytes
 
 
+class ParametersChangedError(Exception):
+    """`copy` met packets of which the stream's template knows nothing: an encoder has changed its parameters."""
+
+    def __init__(self, first_ms: int):
+        super().__init__(f"changes its codec parameters at {first_ms} ms")
+        self.first_ms = first_ms
+
+
 def round_ms(pts: int, time_base: Fraction) -> int:
     """Return a time in whole milliseconds, halves up."""
     num, den = time_base.numerator * 1000, time_base.denominator
@@ -175,6 +183,7 @@ class Segmenter:
         Raises:
             PublishError: If `copy` meets packets without times.
             GopTooLargeError: If a group outgrows `max_pending_bytes`.
+            ParametersChangedError: If `copy` meets packets that its template does not fit.
         """
         for placed in self._jumps.push(packet):
             yield from self._push(placed.packet, placed.jump_s)
@@ -238,6 +247,8 @@ class Segmenter:
         if problem is not None and self._method == "auto":
             yield from self._switch(problem, gop)
             return
+        if gop.has_new_parameters:
+            raise ParametersChangedError(self._grouper.stop_ms)
         timed = self._timed(gop)
         self._previous = gop
         yield from self._grouper.add(timed, self._template, may_close=not is_last)

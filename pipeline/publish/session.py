@@ -18,7 +18,7 @@ from ...operators.errors import PublishError
 from .inputs import InputError, MediaInput, ShapesInput
 from .options import PublishOptions
 from .producer import SegmentHeader, StreamSender
-from .segmenter import GopTooLargeError, MediaSegment, Segmenter
+from .segmenter import GopTooLargeError, MediaSegment, ParametersChangedError, Segmenter
 
 MS_NS = 1_000_000
 
@@ -89,7 +89,8 @@ class PublishSession:
         """Publish the source to its end, and each further pass; closes it. Everything is acknowledged at return.
 
         Raises:
-            InputError: If reading fails. What came before was sent, with `end` on the last segment.
+            InputError: If reading fails, or `copy` cannot go on. What came before was sent, with `end` on the last
+                segment.
             PublishError: If a segment is too large or was not delivered; then nothing more is sent.
         """
         if self._options.speed > 0 and not source.is_live:
@@ -101,6 +102,11 @@ class PublishSession:
             self._run_passes(source, reopen)
         except InputError as error:
             lost = error
+        except ParametersChangedError as error:
+            lost = InputError(
+                f"{source.spec.name} changes its codec parameters after {error.first_ms / 1000:.3f} s, so it cannot be "
+                "copied as one session; use --transcode, or neither of the two, which transcodes from there"
+            )
         except GopTooLargeError as error:
             raise self._sender.too_large(error.first_ms, error.n_bytes, is_whole=False) from error
         finally:
