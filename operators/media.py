@@ -172,8 +172,8 @@ def is_cover(stream: VideoStream) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """Yield a stream's packets up to the end, the last of them empty.
+def demuxed(container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
+    """Yield the streams' packets (all streams' if none is named) up to the end, the last of each empty.
 
     PyAV 18 raises IndexError at the end of a file in which a further stream has begun on the way; all packets have come
     by then.
@@ -181,7 +181,7 @@ def demuxed(container: InputContainer, stream: VideoStream) -> Iterator[av.Packe
     Raises:
         av.error.FFmpegError: If the container breaks off.
     """
-    packets = container.demux(stream)
+    packets = container.demux(*streams)
     while True:
         try:
             packet = next(packets, None)

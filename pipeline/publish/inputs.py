@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -44,6 +46,7 @@ QUERY_NAMES = (
 PLAYLIST_FORMATS = ("hls", "dash")
 UNTIMED_FORMATS = ("mpjpeg",)  # cameras' JPEGs over HTTP: FFmpeg would count them as 25 a second
 WALL_CLOCK = "use_wallclock_as_timestamps"  # FFmpeg's option: a packet's time is when it came
+CALLED_KINDS = ("url", "device")  # that must answer in time; a pipe may be silent for as long as it likes
 TIMEOUT_S = 10.0  # for connecting, and for a live stream that falls silent
 SHAPES_KEYFRAME_MS = 1000
 
@@ -178,26 +181,32 @@ class MediaInput:
         self.stream: av.VideoStream = stream
         self.is_live = self._decide_live()
 
-    def packets(self) -> Iterator[av.Packet]:
-        """Yield the video's packets in decode order, up to the end.
+    def packets(self, stop: threading.Event | None = None) -> Iterator[av.Packet]:
+        """Yield the video's packets in decode order, up to the end, or until `stop` is set.
 
         Raises:
-            InputError: If reading fails.
+            InputError: If reading fails, or what we called sends no video for `TIMEOUT_S`, whatever else it sends.
         """
         from av.error import FFmpegError
 
         from ...operators.media import demuxed
 
-        packets = demuxed(self._container, self.stream)
-        while True:
+        # Of a live source all streams: where sound goes on alone, its packets are the moments to look up.
+        packets = demuxed(self._container, *(() if self.is_live else (self.stream,)))
+        may_be_silent = not (self.is_live and self.spec.kind in CALLED_KINDS)
+        asked_s = time.monotonic()
+        while stop is None or not stop.is_set():
             try:
                 packet = next(packets, None)
             except (FFmpegError, OSError) as error:
                 raise InputError(f"reading {self.spec.name} failed: {_reason(error)}") from error
             if packet is None:
                 return
-            if packet.size:  # the last one is empty: it would flush a decoder
+            if packet.stream_index == self.stream.index and packet.size:  # the last one is empty, to flush a decoder
                 yield packet
+                asked_s = time.monotonic()
+            elif not may_be_silent and time.monotonic() - asked_s > TIMEOUT_S:
+                raise InputError(f"{self.spec.name} has sent no video for {TIMEOUT_S:g} s, only sound or other data")
 
     def _decide_live(self) -> bool:
         if self.spec.kind != "url":
@@ -244,11 +253,13 @@ class ShapesInput:
         self._frame_time = 1 / rate
         self.stream: av.VideoStream = self._encoder.template
 
-    def packets(self) -> Iterator[av.Packet]:
-        """Yield the encoded frames, up to the duration."""
+    def packets(self, stop: threading.Event | None = None) -> Iterator[av.Packet]:
+        """Yield the encoded frames, up to the duration, or until `stop` is set."""
         import av
 
         for i, picture in enumerate(self.world.frames(self._fps, stop_s=self._duration_s)):
+            if stop is not None and stop.is_set():
+                break
             ms = round_ms(i, self._frame_time)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             yield from self._encoder.encode(frame, ms, round_ms(i + 1, self._frame_time) - ms)
@@ -291,7 +302,7 @@ def _open(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
 
     options = dict(options)
     media_format = options.pop("format", "v4l2" if spec.kind == "device" else None)
-    timeout = (TIMEOUT_S, TIMEOUT_S) if spec.kind in ("url", "device") else None
+    timeout = (TIMEOUT_S, TIMEOUT_S) if spec.kind in CALLED_KINDS else None
     if spec.source.lower().startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # over UDP, lost packets become broken pictures
     file: Any = sys.stdin.buffer if spec.kind == "stdin" else spec.source

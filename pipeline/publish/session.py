@@ -128,9 +128,7 @@ class PublishSession:
 
     def _run_pass(self, source: MediaInput | ShapesInput) -> None:
         self.segmenter.start_pass(source.stream, self._live_ms if source.is_live else None)
-        for packet in source.packets():
-            if self._stop.is_set():
-                break
+        for packet in source.packets(self._stop):
             if packet.is_keyframe and self._first_key_s is None:
                 self._first_key_s = time.monotonic()
             if self._start_ns is None and packet.is_keyframe:
