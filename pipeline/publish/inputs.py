@@ -16,8 +16,11 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ...operators.errors import PublishError
 from .segmenter import round_ms
+from .timed_pipe import TimedPipe
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     import av
     from av.container import InputContainer
 
@@ -44,8 +47,8 @@ QUERY_NAMES = (
     "subtype",
 )
 PLAYLIST_FORMATS = ("hls", "dash")
-UNTIMED_FORMATS = ("mpjpeg",)  # cameras' JPEGs over HTTP: FFmpeg would count them as 25 a second
 WALL_CLOCK = "use_wallclock_as_timestamps"  # FFmpeg's option: a packet's time is when it came
+TIMING_OPTIONS = (WALL_CLOCK, "framerate")  # with either the user says what times video without any has
 CALLED_KINDS = ("url", "device")  # that must answer in time; a pipe may be silent for as long as it likes
 TIMEOUT_S = 10.0  # for connecting, and for a live stream that falls silent
 SHAPES_KEYFRAME_MS = 1000
@@ -172,14 +175,24 @@ class MediaInput:
     def __init__(self, spec: SourceSpec, options: Mapping[str, str] | None = None):
         from ...operators.media import choose_video_stream
 
+        options = options or {}
         self.spec = spec
-        self._container = _open_container(spec, options or {})
+        is_pipe = spec.kind == "stdin" and not sys.stdin.buffer.seekable()
+        pipe = TimedPipe(cast("BufferedReader", sys.stdin.buffer)) if is_pipe else None
+        self._container = _open(spec, options, pipe)
+        self.is_live = _is_live(spec, self._container)
+        lacks_times = self.is_live and options.keys().isdisjoint(TIMING_OPTIONS) and _has_no_times(self._container)
+        if lacks_times and spec.kind == "url" and not spec.waits_for_sender:  # a sender may not come again
+            self._container.close()
+            self._container = _open(spec, {**options, WALL_CLOCK: "1"})
+        if pipe is not None:
+            pipe.keeps_times = lacks_times
+        self._timed_pipe = pipe if lacks_times else None
         stream = choose_video_stream(self._container)
         if stream is None:
             self._container.close()
             raise InputError(f"{spec.name} has no video stream that this FFmpeg can decode")
         self.stream: av.VideoStream = stream
-        self.is_live = self._decide_live()
 
     def packets(self, stop: threading.Event | None = None) -> Iterator[av.Packet]:
         """Yield the video's packets in decode order, up to the end, or until `stop` is set.
@@ -203,20 +216,12 @@ class MediaInput:
             if packet is None:
                 return
             if packet.stream_index == self.stream.index and packet.size:  # the last one is empty, to flush a decoder
+                if self._timed_pipe is not None:
+                    self._timed_pipe.stamp(packet)
                 yield packet
                 asked_s = time.monotonic()
             elif not may_be_silent and time.monotonic() - asked_s > TIMEOUT_S:
                 raise InputError(f"{self.spec.name} has sent no video for {TIMEOUT_S:g} s, only sound or other data")
-
-    def _decide_live(self) -> bool:
-        if self.spec.kind != "url":
-            return self.spec.kind in ("device", "stdin")
-        if urlsplit(self.spec.source).scheme.lower() not in FINITE_SCHEMES:
-            return True
-        has_duration = (self._container.duration or 0) > 0
-        # A size is a file's, unless it is that of a playlist: a live one has a size, too, but no duration.
-        is_file = self._container.size > 0 and self._container.format.name not in PLAYLIST_FORMATS
-        return not (has_duration or is_file)
 
     def close(self) -> None:
         """Close it; a second call does nothing."""
@@ -288,15 +293,33 @@ def open_input(spec: SourceSpec, options: Mapping[str, str] | None = None) -> Me
     return ShapesInput(spec) if spec.kind == "shapes" else MediaInput(spec, options)
 
 
-def _open_container(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
-    container = _open(spec, options)
-    if spec.kind == "url" and container.format.name in UNTIMED_FORMATS and WALL_CLOCK not in options:
-        container.close()
-        container = _open(spec, {**options, WALL_CLOCK: "1"})
-    return container
+def _is_live(spec: SourceSpec, container: InputContainer) -> bool:
+    if spec.kind != "url":
+        return spec.kind in ("device", "stdin")
+    if urlsplit(spec.source).scheme.lower() not in FINITE_SCHEMES:
+        return True
+    has_duration = (container.duration or 0) > 0
+    # A size is a file's, unless it is that of a playlist: a live one has a size, too, but no duration.
+    is_file = container.size > 0 and container.format.name not in PLAYLIST_FORMATS
+    return not (has_duration or is_file)
 
 
-def _open(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
+def _has_no_times(container: InputContainer) -> bool:
+    """Whether neither the format nor the codec tells when frames are shown: FFmpeg would count them as 25 a second.
+
+    With B-frames the order in which they come is another one than that in which they are shown: those are left as are.
+    """
+    from av.format import Flags
+
+    from ...operators.media import choose_video_stream
+
+    stream = choose_video_stream(container)
+    if stream is None or stream.codec_context.framerate or stream.codec_context.has_b_frames:
+        return False
+    return bool(Flags.no_timestamps.value & container.format.flags)
+
+
+def _open(spec: SourceSpec, options: Mapping[str, str], pipe: TimedPipe | None = None) -> InputContainer:
     import av
     from av.error import FFmpegError
 
@@ -305,7 +328,7 @@ def _open(spec: SourceSpec, options: Mapping[str, str]) -> InputContainer:
     timeout = (TIMEOUT_S, TIMEOUT_S) if spec.kind in CALLED_KINDS else None
     if spec.source.lower().startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # over UDP, lost packets become broken pictures
-    file: Any = sys.stdin.buffer if spec.kind == "stdin" else spec.source
+    file: Any = (pipe or sys.stdin.buffer) if spec.kind == "stdin" else spec.source
     try:
         return cast("InputContainer", av.open(file, "r", format=media_format, options=options, timeout=timeout))
     except (FFmpegError, OSError, ValueError) as error:

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from small_media import picture
+from small_media import make_image, picture
 
-from stormline.pipeline.publish import inputs
+from stormline.pipeline.publish import inputs, timed_pipe
 from stormline.pipeline.publish.inputs import TIMEOUT_S, InputError, MediaInput, SourceSpec
 
 FPS = 25
@@ -85,3 +85,42 @@ def test_recording_when_its_sound_is_longer_than_its_video_then_it_is_read_to_th
             n_got = len(list(source.packets()))
 
     assert n_got == N_PICTURES
+
+
+class CameraPipe:
+    """A pipe into which a camera writes a picture each 100 ms: reading waits for it."""
+
+    def __init__(self, pictures):
+        self._pictures = iter(pictures)
+        self._now_s = 100.0
+
+    def seekable(self) -> bool:
+        return False
+
+    def read1(self, size: int) -> bytes:
+        self._now_s += 0.1
+        return next(self._pictures, b"")
+
+    def monotonic(self) -> float:
+        return self._now_s
+
+
+@pytest.fixture
+def camera_pipe(monkeypatch):
+    pipe = CameraPipe([make_image("mjpeg", "yuvj420p", i) for i in range(40)])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=pipe))
+    monkeypatch.setattr(timed_pipe, "time", pipe)
+
+
+def test_jpegs_in_a_pipe_when_they_have_no_times_then_get_those_at_which_they_come(camera_pipe):
+    with MediaInput(SourceSpec("-", "stdin", "x")) as source:
+        times_s = [float(packet.pts * packet.time_base) for packet in source.packets()]
+
+    assert times_s == pytest.approx([i / 10 for i in range(40)], abs=0.001)
+
+
+def test_jpegs_in_a_pipe_when_their_rate_is_given_then_have_that_rate(camera_pipe):
+    with MediaInput(SourceSpec("-", "stdin", "x"), {"framerate": "50"}) as source:
+        times_s = [float(packet.pts * packet.time_base) for packet in source.packets()]
+
+    assert times_s == pytest.approx([i / 50 for i in range(40)], abs=0.001)
