@@ -1,7 +1,8 @@
 """Where the timestamps of one connection begin anew: a restarted encoder, a playlist's discontinuity, a clock set back.
 
 Told by decoding times, which only rise in a sound stream. A single wild time is no new beginning: the packet after the
-first that jumps decides. FFmpeg has unwrapped MPEG-TS's 33-bit times by then, at least the first time that they wrap.
+first that jumps decides. One that is alone with its time is left out, for nobody knows when to show it. FFmpeg has
+unwrapped MPEG-TS's 33-bit times by then, at least the first time that they wrap.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class JumpFinder:
     """Tells packets that go on from a keyframe with which times begin anew; for one connection, in decode order.
 
     At most one packet is held back, and only where it jumps. What comes between a jump and the next keyframe belongs to
-    neither side, and is left out (counted in `n_skipped`).
+    neither side, and is left out, as is a packet with a wild time (both are counted in `n_skipped`).
     """
 
     def __init__(self, time_base: Fraction):
@@ -41,13 +42,17 @@ class JumpFinder:
 
     def push(self, packet: av.Packet) -> list[PlacedPacket]:
         """Take the next packet; return what is known now, in order."""
+        if self._is_wild(packet):
+            self.n_skipped += 1
+            return []
         jump_s = self._jump_s(packet)
         held, self._held = self._held, None
-        goes_on = jump_s == 0 or (jump_s is None and held is None and not self._awaits_keyframe)
-        if goes_on:
+        may_go_on = not self._awaits_keyframe and (held is None or self._is_nearer_than(held, packet))
+        if jump_s == 0 or (jump_s is None and may_go_on):
+            self.n_skipped += held is not None  # it was wild
             self._awaits_keyframe = False
             self._note(packet)
-            return [PlacedPacket(packet)] if held is None else [PlacedPacket(held), PlacedPacket(packet)]
+            return [PlacedPacket(packet)]
         if held is None and not self._awaits_keyframe:
             self._held = packet
             return []
@@ -56,9 +61,7 @@ class JumpFinder:
     def flush(self) -> list[PlacedPacket]:
         """Return what is still held back, at the end of the input."""
         held, self._held = self._held, None
-        if held is None:
-            return []
-        return self._begin_anew([held]) if held.is_keyframe else [PlacedPacket(held)]
+        return [] if held is None else self._begin_anew([held])
 
     def _begin_anew(self, packets: list[av.Packet]) -> list[PlacedPacket]:
         first = next((i for i, packet in enumerate(packets) if packet.is_keyframe), len(packets))
@@ -71,6 +74,20 @@ class JumpFinder:
         for packet in packets[first:]:
             self._note(packet)
         return placed
+
+    def _is_wild(self, packet: av.Packet) -> bool:
+        """Whether a packet is shown at no time near to its decoding, or where that is not told, to the other frames."""
+        if packet.pts is None or (packet.dts is None and packet.is_keyframe):
+            return False
+        others = (self._last_pts, self._held and self._held.pts) if packet.dts is None else (packet.dts,)
+        distances = [abs(packet.pts - other) for other in others if other is not None]
+        return bool(distances) and min(distances) * self._time_base > MOST_AHEAD_S
+
+    def _is_nearer_than(self, held: av.Packet, packet: av.Packet) -> bool:
+        """Whether a packet without a decoding time goes on from what came before the one that is held back."""
+        if packet.pts is None or held.pts is None or self._last_pts is None:
+            return False
+        return abs(packet.pts - self._last_pts) < abs(packet.pts - held.pts)
 
     def _jump_s(self, packet: av.Packet) -> float | None:
         """Return how far a packet's time is off; 0 if it may follow, None if that cannot be told."""

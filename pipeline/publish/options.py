@@ -58,7 +58,7 @@ class PublishReport:
     n_bytes: int = 0
     media_ms: int = 0  # length of all sessions together
     n_dropped_frames: int = 0  # leading frames of open GOPs that `copy` left out
-    n_skipped_packets: int = 0  # before the first keyframe, also after timestamps jumped, or broken
+    n_skipped_packets: int = 0  # before the first keyframe, also after timestamps jumped; broken, or with a wild time
     transcoded: bool = False
     stopped: bool = False  # asked to, before the source's end
     notices: tuple[str, ...] = ()

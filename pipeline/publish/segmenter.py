@@ -134,7 +134,7 @@ class Segmenter:
         self._encoded = GopReader("encoded")
         self.transcoding = method == "transcode"
         self.n_dropped = 0  # leading frames left out by `copy`
-        self.n_skipped = 0  # packets before the first keyframe, or before the first one of new times
+        self.n_skipped = 0  # packets before the first keyframe, or the first one of new times; with wild times
         self._has_told_of_jumps = False
 
     @property

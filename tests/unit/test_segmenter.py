@@ -384,14 +384,55 @@ def test_segments_when_a_live_streams_timestamps_begin_anew_go_on_by_the_clock_o
     assert [s.first_ms for s in segments] == [0, 800, 1600, 9000, 9800, 10600]
 
 
-@pytest.mark.parametrize("times", [[0, 1, 500_000, 3, 4], [500, 501, 0, 503, 504]])
-def test_jumps_when_a_single_time_is_wild_then_nothing_begins_anew(times):
-    packets = [packet_at(time, is_keyframe=True) for time in times]
+AHEAD, BACK, LAST = [0, 1, 500_000, 3, 4], [500, 501, 0, 503, 504], [0, 1, 2, 3, 500_000]
+
+
+@pytest.mark.parametrize(
+    ("times", "wild", "keyframes", "has_dts"),
+    [
+        (AHEAD, 2, range(5), True),
+        (AHEAD, 2, range(5), False),
+        (AHEAD, 2, [0], True),
+        (AHEAD, 2, [0], False),
+        (AHEAD, 2, [0, 2], False),
+        (BACK, 2, range(5), True),
+        (BACK, 2, range(5), False),
+        (BACK, 2, [0], True),
+        (LAST, 4, [0], True),
+        (LAST, 4, [0], False),
+    ],
+)
+def test_jumps_when_a_single_time_is_wild_then_it_is_left_out_and_nothing_begins_anew(times, wild, keyframes, has_dts):
+    packets = [packet_at(t, is_keyframe=i in keyframes, has_dts=has_dts) for i, t in enumerate(times)]
     finder = JumpFinder(Fraction(1, 10))
 
     placed = [placed for packet in packets for placed in finder.push(packet)] + finder.flush()
 
-    assert placed == [(packet, 0.0) for packet in packets]
+    assert placed == [(packet, 0.0) for i, packet in enumerate(packets) if i != wild]
+    assert finder.n_skipped == 1
+
+
+@pytest.mark.parametrize("is_keyframe", [True, False])
+def test_jumps_when_a_frame_is_to_be_shown_hours_from_its_decoding_then_it_is_left_out(is_keyframe):
+    packets = [packet_at(time, is_keyframe=is_keyframe) for time in range(5)]
+    packets[2].pts += 720_000
+    finder = JumpFinder(Fraction(1, 10))
+
+    placed = [placed for packet in packets for placed in finder.push(packet)] + finder.flush()
+
+    assert placed == [(packet, 0.0) for packet in packets if packet is not packets[2]]
+    assert finder.n_skipped == 1
+
+
+@pytest.mark.parametrize("first", [0, 720_000])
+def test_jumps_when_packets_have_no_decoding_times_then_a_keyframe_tells_and_loses_nothing(first):
+    times = [500, 501, 502, first, first + 1, first + 2]
+    packets = [packet_at(t, is_keyframe=i % 3 == 0, has_dts=False) for i, t in enumerate(times)]
+    finder = JumpFinder(Fraction(1, 10))
+
+    placed = [placed for packet in packets for placed in finder.push(packet)] + finder.flush()
+
+    assert placed == [(packet, (first - 502) / 10 if i == 3 else 0.0) for i, packet in enumerate(packets)]
     assert finder.n_skipped == 0
 
 
@@ -404,9 +445,9 @@ def test_jumps_when_the_first_keyframe_of_new_times_is_the_last_packet_then_it_i
     assert placed == [(packets[0], 0.0), (packets[1], -10.0)]
 
 
-def packet_at(time: int, *, is_keyframe: bool) -> av.Packet:
+def packet_at(time: int, *, is_keyframe: bool, has_dts: bool = True) -> av.Packet:
     packet = av.Packet(b"x")
-    packet.pts = packet.dts = time
+    packet.pts, packet.dts = time, time if has_dts else None
     packet.is_keyframe = is_keyframe
     return packet
 
