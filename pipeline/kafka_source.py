@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -304,27 +304,58 @@ def _refused(kafka: KafkaSettings, error: Exception) -> SourceError:
     )
 
 
-def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
-    """Return every partition of the configured topics, sorted; a name with ``*``, ``?`` or ``[`` is a pattern.
+@dataclass(frozen=True)
+class TopicsThere:
+    """What one look at the brokers found of the configured topics."""
+
+    kafka: KafkaSettings
+    names: tuple[str, ...]  # of all topics there, sorted
+    partitions: tuple[tuple[str, int], ...]  # of the configured ones, sorted
+
+    def check(self, read_before: Collection[str] = ()) -> None:
+        """Refuse configured topics that were never there: they would be waited for in silence.
+
+        Args:
+            read_before: Topics that a checkpoint knows; these may have been deleted, and may come back.
+
+        Raises:
+            SourceError: If a topic does not exist, or a pattern fits none; lists those that do.
+        """
+        known = {*self.names, *read_before}
+        missing = [name for name in self.kafka.topics if not any(names_topic(name, topic) for topic in known)]
+        if missing:
+            raise SourceError(
+                f"No topic {', '.join(missing)} at {self.kafka.bootstrap_servers}; there: "
+                f"{', '.join(self.names) or 'none'}. Create it, publish to it once, or set kafka.topics."
+            )
+
+
+def look_for_topics(kafka: KafkaSettings) -> TopicsThere:
+    """Return what is there of the configured topics; a name with ``*``, ``?`` or ``[`` is a pattern.
 
     Raises:
-        SourceError: If a topic does not exist, or a pattern fits none; lists those that do.
+        SourceError: If the brokers cannot be asked.
     """
     consumer = open_consumer(kafka)
     try:
         with _told_as_ours(kafka, "Listing the topics"):
-            existing = sorted(consumer.topics())
-        found = {name: [t for t in existing if names_topic(name, t)] for name in kafka.topics}
-        missing = [name for name, topics in found.items() if not topics]
-        if missing:
-            raise SourceError(
-                f"No topic {', '.join(missing)} at {kafka.bootstrap_servers}; there: {', '.join(existing) or 'none'}. "
-                "Create it, publish to it once, or set kafka.topics."
-            )
-        chosen = {t for topics in found.values() for t in topics}
-        return sorted((t, p) for t in chosen for p in consumer.partitions_for_topic(t) or ())
+            names = sorted(consumer.topics())
+            chosen = [t for t in names if any(names_topic(name, t) for name in kafka.topics)]
+            partitions = sorted((t, p) for t in chosen for p in consumer.partitions_for_topic(t) or ())
+        return TopicsThere(kafka, tuple(names), tuple(partitions))
     finally:
         consumer.close()
+
+
+def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
+    """Return every partition of the configured topics, sorted.
+
+    Raises:
+        SourceError: If a topic does not exist, or a pattern fits none; lists those that do.
+    """
+    there = look_for_topics(kafka)
+    there.check()
+    return list(there.partitions)
 
 
 def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, int], int]) -> None:

@@ -51,11 +51,11 @@ class PartitionWatch:
         return sorted(gone)
 
     def _run(self) -> None:
-        from .kafka_source import list_partitions
+        from .kafka_source import look_for_topics
 
         while not self._stop.wait(self._kafka.discover_s):
             try:
-                there = set(list_partitions(self._kafka))
+                there = set(look_for_topics(self._kafka).partitions)
             except SourceError as error:  # brokers that are away for a while; the lanes tell of it
                 logger.info("partitions_not_listed error=%s", error)
                 continue

@@ -18,6 +18,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..operators.in_hand import Suspect
     from .archive.feed import ArchiveFeed
+    from .kafka_source import TopicsThere
     from .lane import LanePlan, LaneStatus
     from .poison import SuspectList
     from .serving import StartingServices
@@ -62,7 +63,7 @@ class RunStatus:
 
     phase: str  # starting, running, stopping, stopped
     lanes: int
-    lanes_up: int
+    lanes_up: int  # those that have nothing to read count as up
     restarts: int  # after failures
     renewals: int  # planned ones: see `lanes.renew_after_segments`, and for new partitions
     segments: int
@@ -206,14 +207,15 @@ class Supervisor:
     def _plan(self, model: ModelDescription) -> None:
         """Find the partitions, recover what is committed, and plan each lane."""
         from .checkpoint import list_lanes
-        from .kafka_source import check_offsets_exist, list_partitions
+        from .kafka_source import look_for_topics
         from .lane import LanePlan
         from .poison import SuspectList
         from .recovery import recover
 
         settings, archive = self._settings, self._archive
-        partitions = archive.partitions(settings.lanes.count) if archive else list_partitions(settings.kafka)
-        count = min(settings.lanes.count, len(partitions))
+        there = None if archive else look_for_topics(settings.kafka)
+        partitions = archive.partitions(settings.lanes.count) if archive else there.partitions if there else ()
+        count = min(settings.lanes.count, max(1, len(partitions)))
         if count < settings.lanes.count:
             self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
         self._model = model
@@ -225,13 +227,8 @@ class Supervisor:
             self._tell(f"going on from the checkpoint: {len(recovery.partitions)} partition(s)")
         if archive:
             archive.recovered()
-        elif recovery.partitions:
-            here = set(partitions)
-            check_offsets_exist(settings.kafka, {p: n for p, n in recovery.next_offsets.items() if p in here})
-            if left := sorted(set(recovery.next_offsets) - here):
-                names = ", ".join(f"{topic}[{partition}]" for topic, partition in left[:5])
-                more = ", …" if len(left) > 5 else ""
-                self._tell(f"not read any more (deleted, or not in kafka.topics): {names}{more}; the checkpoint stays")
+        if there:
+            self._compare(there, recovery.next_offsets)
         self._suspects = SuspectList(settings.output.path)
         for lane in list_lanes(recovery.root):
             self._tell_set_aside(self._suspects.take_marks(lane, recovery.next_offsets))
@@ -253,6 +250,21 @@ class Supervisor:
                 )
             )
 
+    def _compare(self, there: TopicsThere, next_offsets: Mapping[tuple[str, int], int]) -> None:
+        """Refuse topics that were never there, and those that were made anew; tell which are gone."""
+        from .kafka_source import check_offsets_exist
+
+        there.check({topic for topic, _ in next_offsets})
+        here = {p: n for p, n in next_offsets.items() if p in set(there.partitions)}
+        if here:
+            check_offsets_exist(there.kafka, here)
+        if left := sorted(next_offsets.keys() - here.keys()):
+            names = ", ".join(f"{topic}[{partition}]" for topic, partition in left[:5])
+            more = ", …" if len(left) > 5 else ""
+            self._tell(f"not read any more (deleted, or not in kafka.topics): {names}{more}; the checkpoint stays")
+        if not there.partitions:
+            self._tell(f"none of {', '.join(there.kafka.topics)} is at {there.kafka.bootstrap_servers}: waiting for it")
+
     def _adopt(self, partitions: list[tuple[str, int]]) -> None:
         """Give new partitions to the lanes that have the fewest; each takes them up at its next commit."""
         for partition in partitions:
@@ -268,6 +280,7 @@ class Supervisor:
             self._tell(f"new partition {partition[0]}[{partition[1]}]: lane {slot.plan.lane} takes it up")
             if slot.actor is not None:
                 self._renew(slot)
+            slot.to_recover = True  # a checkpoint may tell where the partition goes on
 
     def _let_go(self, partitions: list[tuple[str, int]]) -> None:
         """Leave partitions that are gone out of what their lanes read in their next life; nothing comes of them now."""
@@ -476,7 +489,8 @@ class Supervisor:
         return RunStatus(
             phase=self._phase,
             lanes=len(self._slots),
-            lanes_up=sum(s.lag_records != -1 or s.epoch > 0 for s in now),
+            lanes_up=sum(s.lag_records != -1 or s.epoch > 0 for s in now)
+            + sum(slot.actor is None and not slot.plan.partitions for slot in self._slots),
             restarts=sum(slot.total_restarts for slot in self._slots),
             renewals=sum(slot.renewals for slot in self._slots),
             segments=total("segments"),

@@ -20,6 +20,7 @@ from stormline.pipeline.kafka_source import (
     check_offsets_exist,
     client_options,
     list_partitions,
+    look_for_topics,
     open_consumer,
     read_forever,
 )
@@ -420,6 +421,45 @@ def test_watch_when_a_topic_is_gone_for_two_looks_then_said_once_and_new_when_it
     assert watch.take_gone() == [("cam-2", 0)]
     assert watch.take() == [("cam-2", 0)]
     assert watch.take_gone() == []
+
+
+@pytest.mark.parametrize(
+    ("topics", "before", "after", "gone", "found"),
+    [
+        (["video", "extra"], {"video": 1, "extra": 1}, {"video": 2}, [("extra", 0)], [("video", 1)]),
+        (["cam-*"], {"cam-1": 1}, {}, [("cam-1", 0)], []),
+    ],
+    ids=["named outright", "last of a pattern"],
+)
+def test_watch_when_nothing_is_left_of_a_configured_topic_then_said_and_others_are_still_looked_at(
+    monkeypatch, topics, before, after, gone, found
+):
+    asked, answers = threading.Event(), [after] * 3
+
+    def open_consumer(settings):
+        if len(answers) == 1:
+            asked.set()
+        return FakeConsumer({}, answers.pop(0) if len(answers) > 1 else answers[0])
+
+    monkeypatch.setattr(kafka_source, "open_consumer", open_consumer)
+    watch = PartitionWatch(KafkaSettings(topics=topics, discover_s=0.001), [(topic, 0) for topic in before])
+    watch.start()
+    assert asked.wait(20)
+    watch.stop()
+    watch._thread.join(20)
+
+    assert (watch.take_gone(), watch.take()) == (gone, found)
+
+
+def test_topics_when_a_checkpoint_knows_one_that_is_gone_then_not_refused(monkeypatch):
+    monkeypatch.setattr(kafka_source, "open_consumer", lambda kafka: FakeConsumer({}, {"cam-1": 1}))
+
+    there = look_for_topics(KafkaSettings(topics=["cam-*", "gate-*", "video"]))
+
+    assert there.partitions == (("cam-1", 0),)
+    there.check(read_before=["gate-1", "video"])
+    with pytest.raises(SourceError, match=r"No topic video at .*; there: cam-1\."):
+        there.check(read_before=["gate-1"])
 
 
 def test_offsets_when_the_client_knows_nothing_of_a_partition_then_told_as_ours(monkeypatch):

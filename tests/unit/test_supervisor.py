@@ -9,9 +9,11 @@ import ray
 from ray.exceptions import RayTaskError
 
 from stormline.operators.errors import CommitError, SourceError, StormlineError
+from stormline.pipeline import kafka_source
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline.checkpoint import lane_folder
 from stormline.pipeline.embedded_ray import embedded_ray
+from stormline.pipeline.kafka_source import TopicsThere
 from stormline.pipeline.lane import LaneCommitter, LanePlan
 from stormline.pipeline.poison import SuspectList
 from stormline.pipeline.recovery import recover
@@ -150,6 +152,28 @@ def test_lane_when_nothing_is_left_for_it_then_it_waits_for_something(failed, mo
     supervisor._tend()
 
     assert (waiting, started) == ([], [slot])
+
+
+def test_topic_when_it_was_deleted_before_the_run_then_told_and_waited_for_and_read_from_where_it_was_left(
+    tmp_path, monkeypatch
+):
+    told, asked = [], []
+    settings = load_settings(None, [f"output.path={tmp_path}", "lanes.count=2"])
+    monkeypatch.setattr(kafka_source, "check_offsets_exist", lambda kafka, next_offsets: asked.append(next_offsets))
+    supervisor = Supervisor(settings, told.append)
+    there = TopicsThere(settings.kafka, ("other",), ())
+    start = recover(tmp_path, lanes=1, identity={}).for_lane(0, ())
+    supervisor._slots.append(LaneSlot(LanePlan(0, settings, "m", (64, 64), {}, (), start)))
+
+    supervisor._compare(there, {("video", 0): 7})
+    n_up = supervisor.status().lanes_up
+    supervisor._adopt([("video", 0)])
+
+    assert asked == []
+    assert told[0] == "not read any more (deleted, or not in kafka.topics): video[0]; the checkpoint stays"
+    assert told[1].endswith("waiting for it")
+    assert n_up == 1
+    assert supervisor._slots[0].to_recover
 
 
 @pytest.mark.parametrize(
