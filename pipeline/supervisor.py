@@ -48,6 +48,9 @@ class LaneSlot:
     renewals: int = 0
     retry_at_s: float = 0.0
     status: LaneStatus | None = None
+    status_ref: Any = None  # of the question for the next one, while it has no answer
+    asked_s: float = 0.0
+    silent_s: float = 0.0  # for how long that question has waited
     last_error: str = ""
     finished: bool = False  # its source has ended: nothing is left to do
     renewing: bool = False  # it was told to stop at its next commit, and starts again from there
@@ -310,10 +313,10 @@ class Supervisor:
                 done, _ = ray.wait([slot.run_ref], timeout=0)
                 if done:
                     self._lane_ended(slot)
+                elif self._stalled(slot):  # also one that is being renewed
+                    self._fail(slot, f"no barrier for {self._settings.lanes.stall_s:.0f} s")
                 elif self._is_old(slot):
                     self._renew(slot)
-                elif self._stalled(slot):
-                    self._fail(slot, f"no barrier for {self._settings.lanes.stall_s:.0f} s")
         self._refresh()
 
     def _start_lane(self, slot: LaneSlot) -> None:
@@ -326,20 +329,33 @@ class Supervisor:
         slot.started_s = time.monotonic()
 
     def _refresh(self) -> None:
+        """Take what lanes say of themselves; one that still owes an answer is not asked again."""
+        import ray
+
+        for slot in self._slots:
+            if slot.actor is not None and slot.status_ref is None:
+                slot.status_ref, slot.asked_s = slot.actor.status.remote(), time.monotonic()
+        asked = {slot.status_ref: slot for slot in self._slots if slot.status_ref is not None}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_S) if asked else ([], [])
+        for ref, slot in asked.items():
+            if ref in ready:
+                self._take_status(slot)
+            else:
+                slot.silent_s = time.monotonic() - slot.asked_s
+
+    def _take_status(self, slot: LaneSlot) -> None:
         import ray
         from ray.exceptions import RayError
 
-        refs = {slot.actor.status.remote(): slot for slot in self._slots if slot.actor is not None}
-        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=POLL_S) if refs else ([], [])
-        for ref in ready:
-            try:
-                slot, status = refs[ref], ray.get(ref)
-            except RayError:
-                continue  # it has died; its run_ref tells why
-            if status is not None:
-                if status.got_further_than(slot.status):
-                    slot.restarts = 0
-                slot.status = status
+        ref, slot.status_ref, slot.silent_s = slot.status_ref, None, 0.0
+        try:
+            status: LaneStatus | None = ray.get(ref)
+        except RayError:
+            return  # it has died; its run_ref tells why
+        if status is not None:
+            if status.got_further_than(slot.status):
+                slot.restarts = 0
+            slot.status = status
 
     def _is_old(self, slot: LaneSlot) -> bool:
         limit = self._settings.lanes.renew_after_segments
@@ -350,7 +366,7 @@ class Supervisor:
         if slot.status is None or slot.status.epoch == 0:
             return time.monotonic() - slot.started_s > max(START_LIMIT_S, 2 * stall_s)
         # Barriers flow among the rows: while rows arrive it is slow, and not stuck.
-        return min(slot.status.last_barrier_s, slot.status.idle_s) > stall_s
+        return min(slot.status.last_barrier_s, slot.status.idle_s) + slot.silent_s > stall_s
 
     def _lane_ended(self, slot: LaneSlot) -> None:
         import ray
@@ -416,6 +432,7 @@ class Supervisor:
         if slot.status is not None:
             slot.done.append(slot.status)
         slot.actor, slot.run_ref, slot.status, slot.renewing = None, None, None, False
+        slot.status_ref, slot.silent_s = None, 0.0
         slot.to_recover, slot.blamed = True, blamed
 
     def _recover(self, slot: LaneSlot) -> bool:

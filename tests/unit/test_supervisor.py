@@ -3,6 +3,7 @@
 import errno
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -11,6 +12,7 @@ from ray.exceptions import RayTaskError
 from stormline.operators.errors import CommitError, SourceError, StormlineError
 from stormline.pipeline import kafka_source
 from stormline.pipeline import lane as lane_module
+from stormline.pipeline import supervisor as supervisor_module
 from stormline.pipeline.checkpoint import lane_folder
 from stormline.pipeline.embedded_ray import embedded_ray
 from stormline.pipeline.kafka_source import TopicsThere
@@ -113,6 +115,95 @@ def test_lane_when_no_barrier_comes_for_long_then_stalled_unless_it_still_works(
     slot.status = replace(fresh, epoch=epoch, last_barrier_s=300.0, idle_s=idle_s)
 
     assert supervisor._stalled(slot) == is_stalled
+
+
+class StubAnswer:
+    def __init__(self, answer):
+        self.answer = answer
+
+
+class StubActor:
+    """A lane's actor; `answers` are its statuses, None for a question that it does not answer."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.n_asked = self.n_stops = 0
+        self.status = SimpleNamespace(remote=self._asked)
+        self.stop = SimpleNamespace(remote=self._stopped)
+
+    def _asked(self):
+        self.n_asked += 1
+        return StubAnswer(self.answers.pop(0))
+
+    def _stopped(self):
+        self.n_stops += 1
+
+
+@pytest.fixture
+def under_way(failed, monkeypatch):
+    """Return a supervisor of one lane that runs, its slot, a status and what it failed of."""
+    supervisor, slot, _ = failed
+    supervisor._settings = load_settings(None, ["lanes.stall_s=60"])
+    fresh = LaneCommitter(slot.plan, lambda offsets: None).status()
+    status = replace(fresh, epoch=9, segments=5, last_barrier_s=1.0, idle_s=1.0)
+    failures = []
+    monkeypatch.setattr(supervisor, "_fail", lambda slot, reason: failures.append(reason))
+
+    def wait(refs, **kwargs):
+        ready = [ref for ref in refs if getattr(ref, "answer", None) is not None]
+        return ready, [ref for ref in refs if ref not in ready]
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", lambda ref: ref.answer)
+    slot.run_ref, slot.status = object(), status
+    return supervisor, slot, status, failures
+
+
+def test_lane_when_it_is_to_be_renewed_and_is_stuck_then_it_has_failed(under_way):
+    supervisor, slot, status, failures = under_way
+    old = replace(status, segments=10**9)
+    slot.actor = StubActor(old, replace(old, last_barrier_s=61.0, idle_s=61.0), None)
+
+    supervisor._tend()
+    supervisor._tend()
+    before = (slot.actor.n_stops, list(failures))
+    supervisor._tend()
+
+    assert before == (1, [])
+    assert failures == ["no barrier for 60 s"]
+
+
+def test_lane_when_it_no_longer_answers_then_it_is_asked_once_and_has_failed_when_the_time_is_over(
+    under_way, monkeypatch
+):
+    supervisor, slot, status, failures = under_way
+    slot.actor = StubActor(status, None)
+    now_s = [1000.0]
+    monkeypatch.setattr(supervisor_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+
+    failed_after = []
+    for _ in range(8):
+        supervisor._tend()
+        failed_after.append(len(failures))
+        now_s[0] += 15
+
+    assert slot.actor.n_asked == 2
+    assert failed_after == [0, 0, 0, 0, 0, 0, 1, 2]
+
+
+def test_lane_when_its_answer_lay_there_while_the_supervisor_was_busy_then_it_goes_on(under_way, monkeypatch):
+    supervisor, slot, status, failures = under_way
+    slot.actor = StubActor(status, None, status)
+    now_s = [1000.0]
+    monkeypatch.setattr(supervisor_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    supervisor._tend()
+    supervisor._tend()
+
+    now_s[0] += 3600
+    slot.status_ref.answer = status
+    supervisor._tend()
+
+    assert (failures, slot.silent_s) == ([], 0.0)
 
 
 def test_ray_when_it_is_not_up_in_time_then_an_error_that_says_to_run_again(monkeypatch):
