@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from ...operators.errors import PublishError
+from ...operators.rows import table_text
 from .segmenter import round_ms
 from .timed_pipe import TimedPipe
 
@@ -69,7 +70,7 @@ class SourceSpec:
     @property
     def name(self) -> str:
         """Return the source for messages, without a password."""
-        return without_password(self.source) if self.kind == "url" else self.source
+        return without_password(self.source) if self.kind == "url" else table_text(self.source)
 
     @property
     def waits_for_sender(self) -> bool:
@@ -94,7 +95,7 @@ def expand_sources(sources: Sequence[str], stream_id: str | None = None) -> list
                 f"--stream-id names one stream, but {', '.join(map(without_password, sources))} gives {len(specs)}; "
                 "leave it out"
             )
-        return [SourceSpec(specs[0].source, specs[0].kind, stream_id)]
+        return [replace(specs[0], stream_id=table_text(stream_id))]
     by_id: dict[str, SourceSpec] = {}
     for spec in specs:
         other = by_id.setdefault(spec.stream_id, spec)
@@ -131,7 +132,7 @@ def _expand(source: str) -> list[SourceSpec]:
 def _file_spec(path: Path) -> SourceSpec:
     if path.is_char_device():
         return SourceSpec(str(path), "device", path.name)
-    return SourceSpec(str(path), "file", path.stem)
+    return SourceSpec(str(path), "file", table_text(path.stem))
 
 
 def _url_stream_id(url: str) -> str:
@@ -329,6 +330,8 @@ def _open(spec: SourceSpec, options: Mapping[str, str], pipe: TimedPipe | None =
     if spec.source.lower().startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # over UDP, lost packets become broken pictures
     file: Any = (pipe or sys.stdin.buffer) if spec.kind == "stdin" else spec.source
+    if spec.kind == "file":
+        file = f"file:{file}"  # else a name with a colon is taken for an address
     try:
         return cast("InputContainer", av.open(file, "r", format=media_format, options=options, timeout=timeout))
     except (FFmpegError, OSError, ValueError) as error:

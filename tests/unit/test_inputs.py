@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from small_media import make_image, picture
 
 from stormline.pipeline.publish import inputs, timed_pipe
-from stormline.pipeline.publish.inputs import TIMEOUT_S, InputError, MediaInput, SourceSpec
+from stormline.pipeline.publish.inputs import TIMEOUT_S, InputError, MediaInput, SourceSpec, expand_sources
 
 FPS = 25
 N_PICTURES, N_SOUNDS = 5, 100
@@ -124,3 +125,25 @@ def test_jpegs_in_a_pipe_when_their_rate_is_given_then_have_that_rate(camera_pip
         times_s = [float(packet.pts * packet.time_base) for packet in source.packets()]
 
     assert times_s == pytest.approx([i / 50 for i in range(40)], abs=0.001)
+
+
+def test_file_when_its_name_has_a_colon_then_it_is_no_address(tmp_path, path, monkeypatch):
+    name = "2024-05-01T12:30:00.mkv"
+    (tmp_path / name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+
+    with MediaInput(*expand_sources([name])) as source:
+        n_got = len(list(source.packets()))
+
+    assert n_got == N_PICTURES
+
+
+def test_folder_when_a_file_name_is_not_utf_8_then_its_stream_has_a_name_that_is(tmp_path, path):
+    (tmp_path / os.fsdecode(b"caf\xe9.mkv")).write_bytes(path.read_bytes())
+
+    (spec,) = expand_sources([str(tmp_path)])
+    with MediaInput(spec) as source:
+        n_got = len(list(source.packets()))
+
+    assert (spec.stream_id, spec.name) == ("caf\\udce9", f"{tmp_path}/caf\\udce9.mkv")
+    assert n_got == N_PICTURES
