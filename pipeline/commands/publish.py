@@ -68,7 +68,12 @@ def publish(
     ] = None,
     reconnects: Annotated[
         int | None,
-        typer.Option(min=0, help="Tries in a row to reach a lost URL again. Default: for ever.", show_default=False),
+        typer.Option(
+            min=0,
+            help="Tries in a row to reach a lost URL again; of several cameras, also one that is off at the start. "
+            "Default: for ever.",
+            show_default=False,
+        ),
     ] = None,
     truth: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Write what the shapes: feed shows, as it is sent.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from ...operators.errors import StormlineError
 from ..stop_signals import on_stop_signal
+from .inputs import CALLED_KINDS
 from .publisher import StreamPublisher
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ LIVE_EVERY_S = 0.25
 class PublishGroup:
     """Publishes sources side by side; one that fails does not stop the others. Call `run` once, on the main thread.
 
+    Of several live sources one that is not there yet is waited for: the others are published meanwhile.
+
     Args:
         specs: What to publish.
         producer: Shared by all of them; not closed here.
@@ -40,6 +44,8 @@ class PublishGroup:
         self._console = console
         self._where = f"{producer.topic} at {producer.bootstrap}"
         self._stop = threading.Event()
+        n_called = sum(spec.kind in CALLED_KINDS for spec in specs)
+        options = replace(options, awaits_start=options.awaits_start or n_called > 1)
         self._streams = [_Stream(self, spec, producer, options, self._stop) for spec in specs]
 
     def run(self) -> int:
@@ -87,7 +93,7 @@ class PublishGroup:
             if stream.error is None:
                 self.say(stream.line())
         for stream in failed:
-            self.say(f"{stream.line()}: {stream.error}", "red")
+            self.say(stream.line(), "red")
         n_done = len(self._streams) - len(failed)
         self.say(
             f"published {n_done} of {len(self._streams)} to {self._where}" + (", stopped early" * self._stop.is_set())
@@ -118,15 +124,18 @@ class _Stream:
             on_segment=self._advance,
             on_notice=lambda text: group.say(f"{self.name}: {text}", "yellow"),
         )
+        self._group = group
 
     def run(self) -> None:
-        """Publish the source; keep the error, for the end."""
+        """Publish the source; say at once why it failed, where it did, for the others may go on for ever."""
         try:
             self._publisher.run()
         except StormlineError as error:
             self.error = error
-        except Exception as error:  # noqa: BLE001 (the edge of a thread; told at the end, with exit status 1)
+        except Exception as error:  # noqa: BLE001 (the edge of a thread; told, with exit status 1)
             self.error = RuntimeError(f"unexpected {type(error).__name__}: {error}; please report it")
+        if self.error is not None:
+            self._group.say(f"{self.name} failed: {self.error}", "red")
         self._is_done = True
 
     def cells(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ class PublishOptions:
     bitrate: int | None = None  # of transcoded video, bits a second
     input_options: Mapping[str, str] = field(default_factory=dict)  # for FFmpeg's demuxer
     max_reconnects: int | None = None  # tries in a row to reach a lost live source; None: for ever
+    awaits_start: bool = False  # a URL that is not there at the start is tried again as a lost one is
     truth: Path | None = None  # where to write what the generated feed shows, as JSON lines
     truth_window_s: float = TRUTH_WINDOW_S
 

@@ -102,20 +102,23 @@ class StreamPublisher:
         failures = 0
         while True:
             n_before = self.report.n_segments
+            reason = "nothing that can be published came"
             try:
                 is_over = self._run_session()
             except InputError as error:
                 is_over = False
                 if not self._may_reconnect():
                     raise
-                self._notice(str(error))
+                reason = str(error)
+                self._notice(reason)
             if is_over or self._stop.is_set():
                 self.report = replace(self.report, stopped=self._stop.is_set())
                 return self.report
             failures = 0 if self.report.n_segments > n_before else failures + 1
             limit = self._options.max_reconnects
             if limit is not None and failures > limit:
-                raise PublishError(f"{self._spec.name} is lost, and was not back after {failures} tries")
+                what = "is lost, and was not back after" if self.report.sessions else "was not there in"
+                raise PublishError(f"{self._spec.name} {what} {failures} tries; the last one: {reason}")
             self._wait_to_reconnect(failures)
 
     def _run_session(self) -> bool:
@@ -150,14 +153,15 @@ class StreamPublisher:
         return fixed if n == 1 else f"{fixed}-{n}"
 
     def _may_reconnect(self, *, is_open: bool = False) -> bool:
-        """Whether a lost source is worth another try: an address that was there before, or one that waits for us."""
+        """Whether a source is worth another try: an address that was there before, or that is to be waited for."""
         if self._spec.kind != "url" or self._options.max_reconnects == 0:
             return False
-        return is_open or self._spec.waits_for_sender or bool(self.report.sessions)
+        return is_open or self._spec.waits_for_sender or self._options.awaits_start or bool(self.report.sessions)
 
     def _wait_to_reconnect(self, failures: int) -> None:
         wait_s = min(FIRST_BACKOFF_S * 2 ** min(failures, MOST_DOUBLINGS), LONGEST_BACKOFF_S)
-        self._notice(f"connection lost; next try in {wait_s:g} s, as a new session")
+        what, how = ("connection lost", ", as a new session") if self.report.sessions else ("not there yet", "")
+        self._notice(f"{what}; next try in {wait_s:g} s{how}")
         self._stop.wait(wait_s)
 
     def _count(self, sent: SentSegment) -> None:
