@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from yarl import URL
 
 from ..operators.queries import StandingQuery
 from .secret_references import is_reference
@@ -40,8 +40,8 @@ class WebhookSink(_Section):
     @field_validator("url")
     @classmethod
     def _is_one(cls, url: str) -> str:
-        parts = split_url(url)
-        if parts.username or parts.password:
+        parsed = parse_url(url)
+        if parsed.user or parsed.password:
             raise ValueError("expected no name and password in the URL; a secret signs what is sent")
         return url
 
@@ -71,20 +71,22 @@ class Query(StandingQuery):
         return StandingQuery.model_validate(self.model_dump(exclude={"sinks"}))
 
 
-def split_url(url: str) -> SplitResult:
-    """Return the parts of a URL that can be posted to.
+def parse_url(url: str) -> URL:
+    """Return a URL that can be posted to, as aiohttp reads it: its `raw_host` is what a connection is made to.
+
+    Other characters may stand for those of an address: ``１２７。0.0.1`` is 127.0.0.1.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it cannot be posted to.
     """
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        parsed = URL(url)
+        usable = parsed.scheme in ("http", "https") and bool(parsed.raw_host) and parsed.explicit_port != 0
     except ValueError:
         usable = False
     if not usable or re.search(r"[\x00-\x20\x7f]", url):
         raise ValueError(f"got {url!r}, expected a URL such as https://example.org/hook")
-    return parts
+    return parsed
 
 
 def is_public(address: str) -> bool:
@@ -114,7 +116,7 @@ def check_sinks(query: Query, *, allow_private: bool, input_topics: Sequence[str
             f"{read[0]!r}); choose another for results"
         )
     if sinks.webhook is not None and not allow_private:
-        host = (split_url(sinks.webhook.url).hostname or "").rstrip(".").lower()
+        host = (parse_url(sinks.webhook.url).raw_host or "").rstrip(".")
         if host in LOCAL_NAMES or (is_address(host) and not is_public(host)):
             raise ValueError(
                 f"sinks.webhook.url: {host} is an address of this machine or of a private network; "

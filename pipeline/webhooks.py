@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..operators.errors import StormlineError
-from .query_settings import WebhookSink, is_address, is_public, split_url
+from .query_settings import WebhookSink, is_address, is_public, parse_url
 from .secret_references import resolve_secret
 
 if TYPE_CHECKING:
@@ -99,11 +99,12 @@ class WebhookSender:
         if sink.secret is not None:
             secret = resolve_secret("sinks.webhook.secret", sink.secret)
             headers["webhook-signature"] = sign(secret, message_id, timestamp_s, body)
-        host = split_url(sink.url).hostname or ""
+        url = parse_url(sink.url)
+        host = url.raw_host or ""
         if not self._allow_private and is_address(host) and not is_public(host):  # which nobody is asked to resolve
             raise _private(host)
         try:
-            async with self._open().post(sink.url, data=body, headers=headers, allow_redirects=False) as response:
+            async with self._open().post(url, data=body, headers=headers, allow_redirects=False) as response:
                 status, wait = response.status, response.headers.get("Retry-After", "")
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             why = error.__cause__ or error  # of a name that is not resolved, aiohttp's own text says nothing

@@ -149,6 +149,11 @@ def test_api_when_a_query_is_added_changed_and_removed_then_each_shows(client):
         ({**ALERT, "sinks": {"webhook": {"url": "http://10.0.0.7/x"}}}, "sinks.webhook.url", "of a private network"),
         ({**ALERT, "sinks": {"webhook": {"url": "http://[::1]:80/x"}}}, "sinks.webhook.url", "of a private network"),
         ({**ALERT, "sinks": {"webhook": {"url": "http://LOCALHOST./"}}}, "sinks.webhook.url", "of this machine"),
+        ({**ALERT, "sinks": {"webhook": {"url": "http://ⓛocalhost/"}}}, "sinks.webhook.url", "of this machine"),
+        ({**ALERT, "sinks": {"webhook": {"url": "http://１２７.0.0.1:8/"}}}, "sinks.webhook.url", ": 127.0.0.1 is an"),
+        ({**ALERT, "sinks": {"webhook": {"url": "http://127。0。0。1/"}}}, "sinks.webhook.url", ": 127.0.0.1 is an"),
+        ({**ALERT, "sinks": {"webhook": {"url": "http://①②⑦.⓪.⓪.①/"}}}, "sinks.webhook.url", ": 127.0.0.1 is an"),
+        ({**ALERT, "sinks": {"webhook": {"url": "http://a:99999/"}}}, "sinks.webhook.url", "expected a URL such as"),
         (
             {**ALERT, "sinks": {"webhook": {"url": "http://a.org/", "secret": "hunter2"}}},
             "sinks.webhook.secret",

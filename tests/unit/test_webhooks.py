@@ -8,7 +8,7 @@ from stormline.pipeline.query_registry import QueryRegistry
 from stormline.pipeline.query_settings import Query, WebhookSink
 from stormline.pipeline.result_tail import Cursor
 from stormline.pipeline.settings import DeliverySettings, KafkaSettings
-from stormline.pipeline.webhooks import DeliveryError, sign
+from stormline.pipeline.webhooks import DeliveryError, WebhookSender, sign
 
 
 def test_signature_when_made_then_that_of_the_specifications_example():
@@ -27,6 +27,19 @@ def test_signature_when_the_secret_is_not_as_it_says_then_said_without_it():
         sign("whsec_hunter2!", "id", 1, b"")
 
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "１２７.0.0.1", "127。0。0。1", "①②⑦.⓪.⓪.①"])
+def test_sender_when_a_host_stands_for_a_private_address_then_nothing_is_sent(host):
+    async def send():
+        sender = WebhookSender(allow_private=False, timeout_s=1.0)
+        try:
+            await sender.send(WebhookSink(url=f"http://{host}:9/hook", secret=None), "id", b"{}")
+        finally:
+            await sender.close()
+
+    with pytest.raises(DeliveryError, match="is an address of this machine or of a private network"):
+        asyncio.run(send())
 
 
 def row(**fields):
