@@ -7,8 +7,8 @@ webhook-signature   v1,base64(HMAC-SHA256(secret, "{id}.{timestamp}.{body}")), w
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import socket
@@ -59,7 +59,7 @@ def sign(secret: str, message_id: str, timestamp_s: int, body: bytes) -> str:
     if secret.startswith(SECRET_PREFIX):
         try:
             key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-        except binascii.Error:
+        except ValueError:
             raise DeliveryError("the webhook's secret is no base64 after whsec_; correct what it refers to") from None
     signed = f"{message_id}.{timestamp_s}.".encode() + body
     return f"v1,{base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()}"
@@ -85,7 +85,7 @@ class WebhookSender:
 
         Raises:
             DeliveryError: If no 2xx came.
-            SettingsError: If the secret that the sink refers to is not there.
+            SettingsError: If the secret that the sink refers to is not there, or cannot be read.
         """
         import aiohttp
 
@@ -97,7 +97,7 @@ class WebhookSender:
             "webhook-timestamp": str(timestamp_s),
         }
         if sink.secret is not None:
-            secret = resolve_secret("sinks.webhook.secret", sink.secret)
+            secret = await asyncio.to_thread(resolve_secret, "sinks.webhook.secret", sink.secret)
             headers["webhook-signature"] = sign(secret, message_id, timestamp_s, body)
         url = parse_url(sink.url)
         host = url.raw_host or ""

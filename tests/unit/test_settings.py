@@ -1,3 +1,5 @@
+import os
+import traceback
 from fractions import Fraction
 
 import pytest
@@ -5,7 +7,7 @@ from typer.testing import CliRunner
 
 from stormline.operators.errors import SettingsError
 from stormline.pipeline.cli import app
-from stormline.pipeline.secret_references import resolve_secrets
+from stormline.pipeline.secret_references import MAX_FILE_BYTES, resolve_secrets
 from stormline.pipeline.settings import load_settings, masked
 
 
@@ -73,6 +75,42 @@ def test_secret_when_its_variable_is_not_set_then_named(monkeypatch):
 
     with pytest.raises(SettingsError, match="NOT_SET is not set"):
         resolve_secrets({"sasl_plain_password": "${env:NOT_SET}"})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"hunter2\xff", "secret file .*/secret holds is not UTF-8"),
+        (bytes(MAX_FILE_BYTES + 1), "secret has more than 65536 bytes"),
+        (None, "cannot read the secret file .*/secret: No such file"),
+    ],
+)
+def test_secret_when_its_file_cannot_be_one_then_the_file_is_named_and_nothing_of_it_shown(tmp_path, content, said):
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(SettingsError, match=said) as raised:
+        resolve_secrets({"ssl_password": f"${{file:{path}}}"})
+
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "hunter2" not in shown
+    assert "xff" not in shown
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/", "/dev/null\0"])
+def test_secret_when_it_would_be_read_from_what_is_no_file_then_refused_unread(path):
+    with pytest.raises(SettingsError, match=r"is no regular file|embedded null byte"):
+        resolve_secrets({"ssl_password": f"${{file:{path}}}"})
+
+
+def test_secret_when_its_variable_is_not_utf8_then_said_without_it(monkeypatch):
+    monkeypatch.setenv("KAFKA_PASSWORD", os.fsdecode(b"hunter2\xff"))
+
+    with pytest.raises(SettingsError, match="environment variable KAFKA_PASSWORD holds is not UTF-8") as raised:
+        resolve_secrets({"ssl_password": "${env:KAFKA_PASSWORD}"})
+
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_settings_when_a_file_is_not_utf8_then_said(tmp_path):

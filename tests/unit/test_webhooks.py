@@ -1,12 +1,22 @@
 import asyncio
+import json
 from dataclasses import replace
+from datetime import datetime, timezone
 
 import pytest
 
-from stormline.pipeline.delivery import FOLDER, Deliverer, DeliveryPlace, Route, result_id, routes_of
+from stormline.pipeline.delivery import (
+    FOLDER,
+    UNDELIVERED_NAME,
+    Deliverer,
+    DeliveryPlace,
+    Route,
+    result_id,
+    routes_of,
+)
 from stormline.pipeline.query_registry import QueryRegistry
 from stormline.pipeline.query_settings import Query, WebhookSink
-from stormline.pipeline.result_tail import Cursor
+from stormline.pipeline.result_tail import Cursor, ResultEvent
 from stormline.pipeline.settings import DeliverySettings, KafkaSettings
 from stormline.pipeline.webhooks import DeliveryError, WebhookSender, sign
 
@@ -22,9 +32,10 @@ def test_signature_when_made_then_that_of_the_specifications_example():
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-def test_signature_when_the_secret_is_not_as_it_says_then_said_without_it():
+@pytest.mark.parametrize("secret", ["whsec_hunter2!", "whsec_hunter2é"])
+def test_signature_when_the_secret_is_not_as_it_says_then_said_without_it(secret):
     with pytest.raises(DeliveryError, match="no base64 after whsec_") as raised:
-        sign("whsec_hunter2!", "id", 1, b"")
+        sign(secret, "id", 1, b"")
 
     assert "hunter2" not in str(raised.value)
 
@@ -102,3 +113,48 @@ def test_place_when_a_sink_was_taken_out_then_it_begins_anew_when_it_is_back(tmp
     asyncio.run(look())
 
     assert DeliveryPlace(tmp_path, replace(route, since=str(Cursor({0: 9})))).cursor == Cursor({0: 9})
+
+
+class OneResult:
+    """A feed that has one result, and then a place after it."""
+
+    async def listen(self, cursor, *, idle_s):
+        now = datetime(2026, 1, 31, tzinfo=timezone.utc)
+        values = row(kind="caption", alert=False, start_time=now, end_time=now, emitted_time=now)
+        yield ResultEvent(0, 1, 0, values, Cursor({0: 1}))
+        yield Cursor({0: 1})
+
+
+class Waits:
+    """Passes time while nobody waits; ends a test in which somebody waits on and on."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def clock_s(self):
+        return self.now_s
+
+    async def sleep(self, seconds):
+        self.now_s += seconds
+        assert self.now_s < 1000, "tried for ever"
+
+
+def test_delivery_when_the_secrets_file_cannot_be_read_then_the_result_is_undelivered_after_its_time(tmp_path, caplog):
+    (tmp_path / FOLDER).mkdir()
+    secret = tmp_path / "hook.key"
+    secret.write_bytes(b"hunter2\xff")
+    hook = WebhookSink(url="https://example.org/a", secret=f"${{file:{secret}}}")
+    waits, closing = Waits(), asyncio.Event()
+    settings = DeliverySettings(retry_wait_s=1.0, give_up_after_s=60.0)
+    deliverer = Deliverer(tmp_path, settings, KafkaSettings(), sleep=waits.sleep, clock_s=waits.clock_s)
+    deliverer._feed = OneResult()
+    closing.set()
+
+    asyncio.run(deliverer._keep_delivering(Route("query_id", hook, since=str(Cursor())), closing))
+
+    (line,) = (tmp_path / FOLDER / UNDELIVERED_NAME).read_text().splitlines()
+    assert json.loads(line)["error"] == (
+        f"sinks.webhook.secret: what the secret file {secret} holds is not UTF-8; write the secret as text."
+    )
+    assert waits.now_s >= 60
+    assert "hunter2" not in caplog.text
