@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ERROR_CHARACTERS = 500  # of the server's own words, in ours
-_REFUSED = range(400, 500)
+_REFUSED = (400, 413, 422)  # what is wrong is the prompt; with all others it is the server, or how it is asked
+_FINISHED = ("stop", "length")
+
+
+class _RefusedError(ValueError):
+    """The server does not take this prompt, and never will."""
 
 
 class VllmClient:
@@ -62,13 +67,14 @@ class VllmClient:
 
         Raises:
             ValueError: If the server refuses the prompt.
-            ServiceError: If it cannot be reached, or fails.
+            ServiceError: If it cannot be reached, or fails, or leaves the answer unfinished.
         """
         import aiohttp
 
-        pieces, finish_reason, n_generated = [], "stop", 0
+        request = self._request(prompt, built)
+        pieces, finish_reason, n_generated = [], None, 0
         try:
-            async for event in self._events(self._request(prompt, built)):
+            async for event in self._events(request):
                 for choice in event.get("choices", ()):
                     if text := choice.get("text"):
                         pieces.append(text)
@@ -76,11 +82,15 @@ class VllmClient:
                             listener(text)
                     finish_reason = choice.get("finish_reason") or finish_reason
                 n_generated = (event.get("usage") or {}).get("completion_tokens", n_generated)
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except _RefusedError:
+            raise
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise ServiceError(
-                f"the vLLM server at {self._url} does not answer: {type(error).__name__} {error}. "
+                f"the vLLM server at {self._url} does not answer as it should: {type(error).__name__} {error}. "
                 "See that it runs, with --enable-prompt-embeds; llm.vllm.url is its address with /v1"
             ) from error
+        if finish_reason not in _FINISHED:
+            raise self._broke_off(f"finish_reason is {finish_reason!r}, expected one of {', '.join(_FINISHED)}")
         self.answered += 1
         self.generated_tokens += n_generated
         n_video = built.video_tokens.shape[0]
@@ -119,14 +129,22 @@ class VllmClient:
             if response.status != 200:
                 said = (await response.text())[:ERROR_CHARACTERS]
                 message = f"the vLLM server at {self._url} answers {response.status}: {said}"
-                raise ValueError(message) if response.status in _REFUSED else ServiceError(message)
+                raise _RefusedError(message) if response.status in _REFUSED else ServiceError(message)
+            done = False
             async for line in response.content:
                 data = line.decode().strip().removeprefix("data:").strip()
-                if data and data != "[DONE]":
+                if data == "[DONE]":
+                    done = True
+                elif data:
                     event = json.loads(data)
-                    if "error" in event:
-                        raise ServiceError(f"the vLLM server at {self._url} broke off: {event['error']}")
+                    if not isinstance(event, dict) or "error" in event:
+                        raise self._broke_off(data[:ERROR_CHARACTERS])
                     yield event
+        if not done:
+            raise self._broke_off("what it wrote ends without [DONE]")
+
+    def _broke_off(self, why: str) -> ServiceError:
+        return ServiceError(f"the vLLM server at {self._url} broke off: {why}. See its log")
 
     async def close(self) -> None:
         """Close its connections."""
