@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class _TokenFile(NamedTuple):
     path: Path
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _StreamFiles:
     """What one stream has on disk, in order of `start_ns`."""
 
@@ -63,25 +63,27 @@ class _Folder:
 class TokenFiles:
     """The committed chunks of an output folder. Safe to call from several threads.
 
+    `refresh` and `read` go to the disk. What is asked besides is answered from what the last whole refresh found, and
+    never waits for one that is under way.
+
     Args:
         root: The output folder; it may have nothing in it yet.
     """
 
     def __init__(self, root: Path):
         self._root = root
-        self._lock = threading.Lock()
-        self._forget()
-
-    def _forget(self) -> None:
+        self._streams: Mapping[str, _StreamFiles] = {}  # replaced as a whole
+        self._paths: list[str] = []  # only grows
+        self._refreshing = threading.Lock()  # guards what follows, for as long as files are listed and read
+        self._found: dict[str, _StreamFiles] = {}
+        self._folders: dict[str, _Folder] = {}
+        self._caching = threading.Lock()  # guards what follows, for moments
         self._cached: OrderedDict[tuple[str, int], PastChunk] = OrderedDict()  # the least used first
         self._cached_bytes = 0
-        self._streams: dict[str, _StreamFiles] = {}
-        self._folders: dict[str, _Folder] = {}
-        self._paths: list[str] = []
 
     def refresh(self) -> None:
         """Take in what was committed since the last call; the first call reads what every file holds."""
-        with self._lock:
+        with self._refreshing:
             while_files_move(self._refresh)
 
     def _refresh(self) -> None:
@@ -98,6 +100,7 @@ class TokenFiles:
                 raise
             for file in batch:
                 self._folders[file.date].known.add(file.path.name)
+        self._streams = dict(self._found)
 
     def _changed_dates(self) -> Iterator[str]:
         table = self._root / TABLE
@@ -130,11 +133,12 @@ class TokenFiles:
 
     def _take_out(self, paths: set[str]) -> None:
         gone = np.flatnonzero([path in paths for path in self._paths])
-        for name, stream in list(self._streams.items()):
+        for name, stream in list(self._found.items()):
             left = ~np.isin(stream.files, gone)
-            stream.index, stream.files = stream.index.where(left), stream.files[left]
-            if not len(stream.files):
-                del self._streams[name]
+            if left.any():
+                self._found[name] = _StreamFiles(stream.index.where(left), stream.files[left])
+            else:
+                del self._found[name]
 
     def _take_in(self, files: Sequence[_TokenFile]) -> None:
         numbers = {str(file.path): len(self._paths) + i for i, file in enumerate(files)}
@@ -151,27 +155,24 @@ class TokenFiles:
             self._add(stream_id, index.where(mine), files_of_rows[mine])
 
     def _add(self, stream_id: str, index: ChunkIndex, files: np.ndarray) -> None:
-        stream = self._streams.setdefault(stream_id, _StreamFiles())
+        stream = self._found.get(stream_id, _StreamFiles())
         joined, files = ChunkIndex.join([stream.index, index]), np.concatenate([stream.files, files])
         order = np.argsort(joined.start_ns, kind="stable")
-        stream.index, stream.files = joined.where(order), files[order]
+        self._found[stream_id] = _StreamFiles(joined.where(order), files[order])
 
     def streams(self) -> dict[str, tuple[int, int, int]]:
         """Return for each stream: first start_ns, last end_ns, number of chunks."""
-        with self._lock:
-            return {name: _span(stream) for name, stream in self._streams.items()}
+        return {name: _span(stream) for name, stream in self._streams.items()}
 
     def span(self, stream_id: str) -> tuple[int, int, int] | None:
         """Return the same for one stream; None for one without chunks."""
-        with self._lock:
-            stream = self._streams.get(stream_id)
-            return _span(stream) if stream else None
+        stream = self._streams.get(stream_id)
+        return _span(stream) if stream else None
 
     def index(self, stream_id: str, start_ns: int, end_ns: int) -> ChunkIndex:
         """Return the chunks that overlap [start_ns, end_ns), in order, without their tokens."""
-        with self._lock:
-            stream = self._streams.get(stream_id)
-            return stream.index.overlapping(start_ns, end_ns) if stream else ChunkIndex.empty()
+        stream = self._streams.get(stream_id)
+        return stream.index.overlapping(start_ns, end_ns) if stream else ChunkIndex.empty()
 
     def read(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
         """Return the chunks that start at these times, in order, with their tokens.
@@ -189,23 +190,23 @@ class TokenFiles:
             return while_files_move(lambda: self._read_moved(stream_id, starts_ns))
 
     def _read_moved(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
-        with self._lock:
+        with self._refreshing:
             for folder in self._folders.values():
                 folder.changed = _UNREAD
             self._refresh()
         return self._read(stream_id, starts_ns)
 
     def _read(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
-        with self._lock:
+        with self._caching:
             found = self._take_cached(stream_id, starts_ns)
-            missing = np.array([start for start in starts_ns.tolist() if start not in found], np.int64)
-            stream = self._streams.get(stream_id, _StreamFiles())
-            numbers = np.unique(stream.files[np.isin(stream.index.start_ns, missing)])
-            paths = [self._paths[number] for number in numbers]
+        missing = np.array([start for start in starts_ns.tolist() if start not in found], np.int64)
+        stream = self._streams.get(stream_id, _StreamFiles())
+        numbers = np.unique(stream.files[np.isin(stream.index.start_ns, missing)])
+        paths = [self._paths[number] for number in numbers]
         if paths:
             read = self._read_files(paths, stream_id, missing)
             found |= {chunk.start_ns: chunk for chunk in read}
-            with self._lock:
+            with self._caching:
                 self._cache(stream_id, read)
         return [found[start] for start in sorted(found)]
 

@@ -311,6 +311,25 @@ def test_tokens_when_compacted_after_they_were_looked_up_then_read_from_where_th
     assert fresh.streams() == tokens.streams()
 
 
+def test_tokens_when_compacted_files_are_being_read_then_what_they_took_in_is_not_missing(tmp_path):
+    class LookedAtWhileReading(TokenFiles):
+        def _take_in(self, files):
+            seen.append(self.streams())
+            super()._take_in(files)
+
+    seen = []
+    Lanes(tmp_path, count=1).commit(12)
+    tokens = LookedAtWhileReading(tmp_path)
+    tokens.refresh()
+    before = tokens.streams()
+    compact(tmp_path)
+
+    tokens.refresh()
+
+    assert seen == [{}, before]
+    assert tokens.streams() == before
+
+
 def test_date_when_something_else_lies_in_it_then_files_stay_and_folders_keep_it_as_it_is(tmp_path):
     lanes = Lanes(tmp_path)
     lanes.commit(10)

@@ -1,6 +1,7 @@
 """Tokens by stream and time: out of memory, out of written Parquet folders, and across both."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +91,24 @@ class UnreadFiles(TokenFiles):
         raise AssertionError("the disk was touched")
 
 
+class AskedWhileReading(TokenFiles):
+    """Is asked what it has in the midst of each reading of new files."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.answers = []
+
+    def _take_in(self, files):
+        asking = threading.Thread(target=self._ask, daemon=True)
+        asking.start()
+        asking.join(10)
+        assert not asking.is_alive(), "who asks waits for the reading"
+        super()._take_in(files)
+
+    def _ask(self):
+        self.answers.append((self.span("gate"), self.streams(), len(self.index("gate", 0, 2 * NOON_NS))))
+
+
 def read_all(source, start_s=0, end_s=10**5, stream="gate"):
     """Return what each chunk's tokens say, in order."""
 
@@ -132,6 +151,19 @@ def test_files_when_a_lane_goes_on_writing_then_what_it_commits_is_found(tmp_pat
 
     assert (first, read_all(source)) == ([0], [0, 1, 2])
     assert asyncio.run(source.streams())["gate"].n_chunks == 3
+
+
+def test_files_when_asked_while_they_are_read_then_answered_at_once_from_what_was_there(tmp_path):
+    folder, files = Folder(tmp_path), AskedWhileReading(tmp_path)
+    folder.commit(make_chunk(0), make_chunk(1))
+    files.refresh()
+    folder.commit(make_chunk(2))
+    span = files.span("gate")
+
+    files.refresh()
+
+    assert files.answers == [(None, {}, 0), (span, {"gate": span}, 2)]
+    assert files.span("gate")[2] == 3
 
 
 def test_files_when_chunks_were_read_of_late_then_their_files_are_not_opened_again(tmp_path, monkeypatch):
