@@ -19,6 +19,7 @@ class StreamActivity:
     ended: bool  # its publisher said so, and nothing came since
     lag_records: int | None  # that wait in its partition, its own and others'; None where unknown
     picture_ns: int | None  # time of its newest picture's frame; None for no picture
+    session: str | None = None  # that its newest chunk is of; None where no chunk came yet
 
 
 class StreamRegister:
@@ -33,6 +34,7 @@ class StreamRegister:
         self._heard_ns: dict[str, int] = {}  # by stream, the longest silent first
         self._ended: set[str] = set()
         self._partitions: dict[str, tuple[str, int]] = {}
+        self._sessions: dict[str, str] = {}
         self._pictures: dict[str, Picture] = {}
         self._lags: dict[tuple[str, int], int] = {}
 
@@ -44,6 +46,7 @@ class StreamRegister:
             self._hear(chunk.stream_id)
             self._ended.discard(chunk.stream_id)
             self._partitions[chunk.stream_id] = chunk.topic, chunk.partition
+            self._sessions[chunk.stream_id] = chunk.session
         for stream_id in news.ended:
             self._hear(stream_id)
             self._ended.add(stream_id)
@@ -58,7 +61,7 @@ class StreamRegister:
 
     def _forget(self, stream_id: str) -> None:
         self._ended.discard(stream_id)
-        for known in (self._heard_ns, self._partitions, self._pictures):
+        for known in (self._heard_ns, self._partitions, self._sessions, self._pictures):
             known.pop(stream_id, None)
 
     def activity(self) -> Mapping[str, StreamActivity]:
@@ -73,6 +76,7 @@ class StreamRegister:
             ended=stream_id in self._ended,
             lag_records=lag if lag >= 0 else None,
             picture_ns=picture.time_ns if picture else None,
+            session=self._sessions.get(stream_id),
         )
 
     def picture(self, stream_id: str) -> Picture | None:

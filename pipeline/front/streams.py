@@ -37,6 +37,7 @@ class StreamEntry(BaseModel):
     id: str
     object: Literal["stream"] = "stream"
     state: State
+    session: str | None  # that its newest chunk is of; null where unknown
     first_time: str
     last_time: str
     chunks: int
@@ -160,6 +161,7 @@ def describe(name: str, span: StreamSpan, seen: StreamActivity | None, now_ns: i
     return StreamEntry(
         id=name,
         state=state,
+        session=seen.session if seen else None,
         first_time=format_moment(span.start_ns),
         last_time=format_moment(span.end_ns),
         chunks=span.n_chunks,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 import urllib.request
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -17,6 +20,7 @@ from stormline.models.training.evaluate import stream_clip
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.pictures import make_jpeg
 from stormline.operators.rows import Chunk, LaneNews, Picture, Position, Result
+from stormline.pipeline.front.page_files import FILES, FOLDER, HEADERS
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.serving import StoreClient
@@ -238,3 +242,105 @@ def read_until(response, mark):
         assert line, f"the events ended: {heard!r}"
         heard += line
     return heard
+
+
+class StandIn:
+    """Answers in the service's place: the page's own files, and what a test says of streams, results and questions."""
+
+    URL = "http://stormline.test/"
+
+    def __init__(self, browser, size=None):
+        self.states, self.session, self.queries, self.span_s = (
+            {"a": "live", "b": "live", "c": "live"},
+            "1",
+            ["smoke"],
+            600,
+        )
+        self.key, self.fails = None, False
+        self.asked = []  # questions; none is ever answered
+        self._rows = []
+        self._n_rows = 0
+        self.page = browser.new_page(viewport=size or DESKTOP)
+        self.page.set_default_timeout(WAIT_MS)
+        self.wrong = []
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.route("**/*", self._answer)
+        self.page.goto(self.URL)
+
+    def say(self, stream, kind="caption", *, alert=False, session="1", answer="a van", query="smoke"):
+        """Have a row come over the event stream."""
+        self._n_rows += 1
+        row = {"query_id": query, "kind": kind, "stream_id": stream, "session": session, "answer": answer}
+        start, end = _moment(self._n_rows), _moment(self._n_rows + 4)
+        self._rows.append({**row, "alert": alert, "start_time": start, "end_time": end})
+
+    def card(self, stream):
+        return self.page.locator(f".stream[data-stream={stream}]")
+
+    def _answer(self, route):
+        path = urlsplit(route.request.url).path
+        if path in FILES:
+            name, kind = FILES[path]
+            route.fulfill(body=(FOLDER / name).read_bytes(), headers={**HEADERS, "Content-Type": kind})
+        elif self.key and route.request.headers.get("authorization") != f"Bearer {self.key}":
+            route.fulfill(status=401, json={"error": {"message": "no such key"}})
+        elif path == "/v1/chat/completions":
+            self.asked.append(route.request.post_data_json)
+        elif path == "/v1/events":
+            rows, self._rows = self._rows, []
+            body = "".join(f"data: {json.dumps(row)}\n\n" for row in rows)
+            route.fulfill(body=f"retry: 1000\n\n{body}", content_type="text/event-stream")
+        elif path == "/v1/streams":
+            listed = (
+                {"status": 500, "json": {}} if self.fails else {"json": {"data": list(map(self._entry, self.states))}}
+            )
+            route.fulfill(**listed)
+        else:
+            route.fulfill(json={"data": [{"id": query} for query in self.queries] if path == "/v1/queries" else []})
+
+    def _entry(self, name):
+        entry = {"id": name, "state": self.states[name], "session": self.session, "lag_s": 0.1, "lag_records": 0}
+        return {**entry, "first_time": _moment(-self.span_s), "last_time": _moment(0), "picture_time": None}
+
+
+def _moment(seconds):
+    """Return the time so many seconds from now, as the service tells it."""
+    moment = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@pytest.fixture
+def stand_in(browser):
+    made = StandIn(browser)
+    yield made
+    assert made.wrong == []
+    made.page.close()
+
+
+def over_the_session(stand_in):
+    stand_in.session = "2"
+
+
+def over_the_stream(stand_in):
+    stand_in.states["a"] = "ended"
+
+
+def over_the_query(stand_in):
+    stand_in.queries = ["another"]
+
+
+def over_by_a_caption(stand_in):
+    stand_in.say("a", session="2")
+
+
+@pytest.mark.parametrize("end", [over_the_session, over_the_stream, over_the_query, over_by_a_caption])
+def test_alert_when_what_it_was_of_is_over_then_its_stream_is_no_longer_marked(stand_in, end):
+    expect = playwright.expect
+    if end is over_by_a_caption:
+        stand_in.session = None  # as while the store is away
+    stand_in.say("a", "alert", alert=True)
+    expect(stand_in.card("a")).to_have_class("stream alerting")
+
+    end(stand_in)
+
+    expect(stand_in.card("a")).to_have_class("stream", timeout=WAIT_MS)

@@ -529,6 +529,7 @@ def test_lists_when_asked_then_models_and_streams(tmp_path):
         "id": "gate",
         "object": "stream",
         "state": "quiet",
+        "session": None,
         "first_time": "2026-01-31T12:00:00.000Z",
         "last_time": "2026-01-31T12:02:00.000Z",
         "chunks": 60,

@@ -223,6 +223,7 @@ def test_streams_when_listed_then_pictures_and_states(tmp_path):
     none = client.get("/v1/streams/yard/picture")
 
     assert (gate["state"], gate["lag_records"], gate["picture_time"]) == ("live", 2, "2026-01-31T12:00:00.000Z")
+    assert (gate["session"], yard["session"]) == ("s", None)
     assert (yard["state"], yard["lag_s"], yard["picture_time"]) == ("quiet", None, None)
     assert (picture.content, picture.headers["content-type"]) == (b"\xff\xd8jpeg", "image/jpeg")
     assert picture.headers["cache-control"] == "no-store"

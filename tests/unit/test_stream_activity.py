@@ -1,5 +1,7 @@
 """What is remembered of each stream: whether it goes on, how far behind it is, how it looks."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from stormline.operators.rows import Chunk, LaneNews, Picture
@@ -26,8 +28,17 @@ def test_activity_when_chunks_come_then_heard_of_and_no_longer_ended():
     clock.now_ns = 200
     register.take(LaneNews((chunk(),)))
 
-    assert ended == StreamActivity(heard_ns=100, ended=True, lag_records=None, picture_ns=None)
-    assert register.activity()["cam"] == StreamActivity(heard_ns=200, ended=False, lag_records=None, picture_ns=None)
+    assert ended == StreamActivity(heard_ns=100, ended=True, lag_records=None, picture_ns=None, session="s")
+    assert register.activity()["cam"] == replace(ended, heard_ns=200, ended=False)
+
+
+def test_activity_when_another_session_begins_then_that_one_is_named():
+    register = StreamRegister()
+
+    register.take(LaneNews((chunk(),), ended=("cam",)))
+    register.take(LaneNews((replace(chunk(), session="next"),)))
+
+    assert register.activity()["cam"].session == "next"
 
 
 def test_activity_when_lags_are_told_then_each_stream_has_its_partitions():

@@ -35,7 +35,7 @@ class Card {
     this.button = make("button", "stream");
     this.button.type = "button";
     this.button.dataset.stream = id;
-    this.alerts = new Set(); // the queries whose alert stands
+    this.alerts = new Map(); // query → the row of its alert that stands
     const picture = make("span", "picture");
     this.noPicture = make("span", "", "no picture");
     this.image = make("img");
@@ -58,6 +58,7 @@ class Card {
     this.state.textContent = stateText(entry);
     this.state.title = entry.lag_records === null ? "" : `${entry.lag_records} records wait in its partition`;
     if (entry.picture_time && entry.picture_time !== this.pictureTime) this.loadPicture(entry.picture_time);
+    this.keepAlerts((alert) => entry.state !== "ended" && (entry.session ?? alert.session) === alert.session);
   }
 
   async loadPicture(time) {
@@ -77,12 +78,15 @@ class Card {
   }
 
   say(row) {
-    if (row.kind !== "alert") {
-      this.caption.textContent = row.answer;
-      return;
-    }
-    if (row.alert) this.alerts.add(row.query_id);
+    if (row.kind !== "alert") this.caption.textContent = row.answer;
+    else if (row.alert) this.alerts.set(row.query_id, row);
     else this.alerts.delete(row.query_id);
+    this.keepAlerts((alert) => alert.session === row.session || alert.start_time > row.start_time);
+  }
+
+  /** Of a session that is over, or a query that is gone, nothing tells that its alert is over, too. */
+  keepAlerts(stands) {
+    for (const [query, alert] of this.alerts) if (!stands(alert)) this.alerts.delete(query);
     this.button.classList.toggle("alerting", this.alerts.size > 0);
   }
 }
@@ -100,6 +104,7 @@ function lagText(seconds) {
 
 async function refreshStreams() {
   const { data } = await get("v1/streams");
+  if ([...cards.values()].some((card) => card.alerts.size)) await dropAlertsOfGoneQueries();
   data.sort((a, b) => STATES.indexOf(a.state) - STATES.indexOf(b.state)); // by name within a state, as they come
   const here = new Set(data.map((entry) => entry.id));
   for (const [id, card] of cards) {
@@ -123,6 +128,13 @@ async function refreshStreams() {
   $("summary").textContent = data.length ? `${data.length} stream${data.length > 1 ? "s" : ""}, ${live} live` : "";
   if (!chosen.size && data.length) choose((data.find((entry) => entry.state === "live") ?? data[0]).id);
   showTime();
+}
+
+async function dropAlertsOfGoneQueries() {
+  const listed = await get("v1/queries").catch(() => null);
+  if (!listed) return; // looked at again with the next list
+  const ids = new Set(listed.data.map((query) => query.id));
+  for (const card of cards.values()) card.keepAlerts((alert) => ids.has(alert.query_id));
 }
 
 function choose(id, more = false) {
