@@ -249,18 +249,18 @@ class StandIn:
 
     URL = "http://stormline.test/"
 
-    def __init__(self, browser, size=None):
+    def __init__(self, browser, *, key=None):
         self.states, self.session, self.queries, self.span_s = (
             {"a": "live", "b": "live", "c": "live"},
             "1",
             ["smoke"],
             600,
         )
-        self.key, self.fails = None, False
+        self.key, self.fails = key, False
         self.asked = []  # questions; none is ever answered
         self._rows = []
         self._n_rows = 0
-        self.page = browser.new_page(viewport=size or DESKTOP)
+        self.page = browser.new_page(viewport=DESKTOP)
         self.page.set_default_timeout(WAIT_MS)
         self.wrong = []
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -344,3 +344,20 @@ def test_alert_when_what_it_was_of_is_over_then_its_stream_is_no_longer_marked(s
     end(stand_in)
 
     expect(stand_in.card("a")).to_have_class("stream", timeout=WAIT_MS)
+
+
+def test_key_when_escape_is_pressed_again_and_again_then_it_can_still_be_given(browser):
+    expect = playwright.expect
+    stand_in = StandIn(browser, key="sk-right")
+    page, dialog = stand_in.page, stand_in.page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+
+    for _ in range(3):
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(100)
+    give_key(page, "sk-right")
+
+    expect(stand_in.card("a")).to_be_visible()
+    expect(dialog).to_be_hidden()
+    assert stand_in.wrong == []
+    page.close()

@@ -366,13 +366,15 @@ for (const id of ["only-chosen", "only-alerts"]) $(id).addEventListener("change"
 // The key, where the service wants one.
 
 onKeyWanted((wrong) => new Promise((given) => {
+  const dialog = $("key-dialog");
   $("key-error").textContent = wrong;
-  $("key").value = "";
-  $("key-dialog").showModal();
-  $("key-form").addEventListener("submit", () => {
+  $("key").value = dialog.returnValue = "";
+  dialog.showModal();
+  dialog.onclose = () => {
+    if (!dialog.returnValue) return dialog.showModal(); // a second Escape closes what cannot be cancelled
     keepKey($("key").value.trim());
     given();
-  }, { once: true });
+  };
 }));
 $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
 
