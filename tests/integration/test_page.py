@@ -256,7 +256,7 @@ class StandIn:
             ["smoke"],
             600,
         )
-        self.key, self.fails = key, False
+        self.key, self.fails, self.hold_events = key, False, False
         self.asked = []  # questions; none is ever answered
         self._rows = []
         self._n_rows = 0
@@ -286,7 +286,7 @@ class StandIn:
             route.fulfill(status=401, json={"error": {"message": "no such key"}})
         elif path == "/v1/chat/completions":
             self.asked.append(route.request.post_data_json)
-        elif path == "/v1/events":
+        elif path == "/v1/events" and not self.hold_events:
             rows, self._rows = self._rows, []
             body = "".join(f"data: {json.dumps(row)}\n\n" for row in rows)
             route.fulfill(body=f"retry: 1000\n\n{body}", content_type="text/event-stream")
@@ -295,7 +295,7 @@ class StandIn:
                 {"status": 500, "json": {}} if self.fails else {"json": {"data": list(map(self._entry, self.states))}}
             )
             route.fulfill(**listed)
-        else:
+        elif path != "/v1/events":
             route.fulfill(json={"data": [{"id": query} for query in self.queries] if path == "/v1/queries" else []})
 
     def _entry(self, name):
@@ -361,3 +361,15 @@ def test_key_when_escape_is_pressed_again_and_again_then_it_can_still_be_given(b
     expect(dialog).to_be_hidden()
     assert stand_in.wrong == []
     page.close()
+
+
+def test_connection_when_the_list_of_streams_failed_once_then_connected_again_with_the_next(stand_in):
+    expect, connection = playwright.expect, stand_in.page.locator("#connection")
+    expect(connection).to_have_text("connected")
+    stand_in.hold_events = True  # they go on as they are
+
+    stand_in.fails = True
+    expect(connection).to_have_text("connecting again")
+    stand_in.fails = False
+
+    expect(connection).to_have_text("connected")

@@ -380,9 +380,14 @@ $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
 
 // Going.
 
-function showConnection(state) {
-  $("connection").dataset.state = state;
-  $("connection").textContent = state === "open" ? "connected" : "connecting again";
+const reached = { streams: true, events: false }; // their list, as it was last asked for; results, as they come
+
+function showReached(what, is) {
+  if (reached[what] === is) return;
+  reached[what] = is;
+  const all = reached.streams && reached.events;
+  $("connection").dataset.state = all ? "open" : "waiting";
+  $("connection").textContent = all ? "connected" : "connecting again";
 }
 
 async function keepStreamsFresh() {
@@ -390,15 +395,16 @@ async function keepStreamsFresh() {
     if (!document.hidden) {
       try {
         await refreshStreams();
+        showReached("streams", true);
       } catch {
-        showConnection("waiting");
+        showReached("streams", false);
       }
     }
     await new Promise((done) => setTimeout(done, STREAMS_EVERY_MS));
   }
 }
 
-follow((row) => take(row, true), showConnection);
+follow((row) => take(row, true), (state) => showReached("events", state === "open"));
 get("v1/results?limit=100").then(({ data }) => {
   const newer = rows; // came meanwhile
   rows = [];
