@@ -373,3 +373,15 @@ def test_connection_when_the_list_of_streams_failed_once_then_connected_again_wi
     stand_in.fails = False
 
     expect(connection).to_have_text("connected")
+
+
+@pytest.mark.parametrize("focused", ["a", "b", "c"])
+def test_streams_when_their_order_changes_then_the_focus_stays(stand_in, focused):
+    expect, page = playwright.expect, stand_in.page
+    stand_in.card(focused).focus()
+
+    for states in ({"a": "quiet", "b": "live", "c": "live", "d": "live"}, {"a": "live", "b": "ended", "c": "quiet"}):
+        stand_in.states = states
+        order = sorted(states, key=lambda name: (("live", "quiet", "ended").index(states[name]), name))
+        expect(page.locator(".stream .name span:first-child")).to_have_text(order)
+        expect(stand_in.card(focused)).to_be_focused()

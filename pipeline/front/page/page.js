@@ -121,13 +121,20 @@ async function refreshStreams() {
     }
     cards.get(entry.id).update(entry);
   }
-  const order = data.map((entry) => cards.get(entry.id).button);
-  if (order.some((button, i) => $("streams").children[i] !== button)) $("streams").append(...order);
+  arrange($("streams"), data.map((entry) => cards.get(entry.id).button));
   $("no-streams").hidden = data.length > 0;
   const live = data.filter((entry) => entry.state === "live").length;
   $("summary").textContent = data.length ? `${data.length} stream${data.length > 1 ? "s" : ""}, ${live} live` : "";
   if (!chosen.size && data.length) choose((data.find((entry) => entry.state === "live") ?? data[0]).id);
   showTime();
+}
+
+/** Bring children into an order; the one with the focus, which it would lose, is moved around rather than moved. */
+function arrange(parent, order) {
+  order.forEach((child, i) => {
+    if (child === document.activeElement) while (parent.children[i] !== child) parent.append(parent.children[i]);
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i]);
+  });
 }
 
 async function dropAlertsOfGoneQueries() {
