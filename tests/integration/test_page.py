@@ -197,7 +197,11 @@ def test_page_when_times_are_told_then_the_viewers_own_but_of_an_archive_the_pla
 
 
 def url_of(request):
-    (video, _) = request.post_data_json["messages"][-1]["content"]
+    return url_in(request.post_data_json)
+
+
+def url_in(question):
+    (video, _) = question["messages"][-1]["content"]
     return video["video_url"]["url"]
 
 
@@ -385,3 +389,20 @@ def test_streams_when_their_order_changes_then_the_focus_stays(stand_in, focused
         order = sorted(states, key=lambda name: (("live", "quiet", "ended").index(states[name]), name))
         expect(page.locator(".stream .name span:first-child")).to_have_text(order)
         expect(stand_in.card(focused)).to_be_focused()
+
+
+def test_range_when_all_is_more_than_may_be_asked_about_then_it_says_what_is_asked_about(stand_in):
+    expect, page = playwright.expect, stand_in.page
+    stand_in.span_s = 30 * 86_400
+    expect(stand_in.card("a")).to_be_visible()
+
+    page.get_by_role("button", name="all", exact=True).click()
+    expect(page.locator("#range-text")).to_have_text(
+        "Asks about its last 7 days of 30 days, the most that a question may", timeout=WAIT_MS
+    )
+    page.get_by_label("Question").fill("What happened?")
+    page.keyboard.press("Enter")
+
+    expect(page.locator("#send")).to_have_text("Stop")
+    assert url_in(stand_in.asked[0]) == "stream://a?last=604800s"
+    assert page.get_by_label("Start of the range").input_value() == "767"

@@ -77,6 +77,11 @@ export class Timeline {
     return { start: this.span.end - ms, end: this.span.end };
   }
 
+  /** What is asked about: {start, end} in ms; all that is shown, or as much of it as a question may be about. */
+  get asked() {
+    return this.chosen ?? { start: Math.max(this.view.start, this.view.end - MAX_ASKED_MS), end: this.view.end };
+  }
+
   choose(from, until) {
     const view = this.view;
     if (!view) return;
@@ -85,11 +90,10 @@ export class Timeline {
     this.draw();
   }
 
-  /** Put the range into the query of an address: last=… for all that is shown, which goes on with the stream. */
+  /** Put the range into the query of an address: last=… where none was chosen, which goes on with the stream. */
   query() {
-    if (this.chosen) return `start=${iso(this.chosen.start)}&end=${iso(this.chosen.end)}`;
-    const view = this.view;
-    return `last=${Math.ceil(Math.min(MAX_ASKED_MS, view.end - view.start) / 1000)}s`;
+    const { start, end } = this.asked;
+    return this.chosen ? `start=${iso(start)}&end=${iso(end)}` : `last=${Math.ceil((end - start) / 1000)}s`;
   }
 
   draw() {
@@ -102,17 +106,21 @@ export class Timeline {
     const length = view.end - view.start;
     if (this.chosen && this.chosen.end <= view.start) this.chosen = null; // it has left the view
     const step = (ms) => Math.round(Math.min(1, Math.max(0, (ms - view.start) / length)) * STEPS);
-    const [from, until] = this.chosen ? [step(this.chosen.start), step(this.chosen.end)] : [0, STEPS];
-    for (const [id, value, ms] of [["from", from, this.chosen?.start ?? view.start], ["until", until, this.chosen?.end ?? view.end]]) {
+    const asked = this.asked;
+    const [from, until] = [step(asked.start), step(asked.end)];
+    for (const [id, value, ms] of [["from", from, asked.start], ["until", until, asked.end]]) {
       this.element(id).value = value;
       this.element(id).setAttribute("aria-valuetext", clock(ms));
     }
     this.element("selection").style.left = `${from / 10}%`;
     this.element("selection").style.width = `${(until - from) / 10}%`;
     this.element("whole").hidden = !this.chosen;
+    const askedText = lengthText(asked.end - asked.start);
     this.element("range-text").textContent = this.chosen
-      ? `Asks about ${clock(this.chosen.start)} to ${clock(this.chosen.end)} (${lengthText(this.chosen.end - this.chosen.start)})`
-      : this.viewMs ? `Asks about its last ${lengthText(this.viewMs)}` : `Asks about all of it (${lengthText(length)})`;
+      ? `Asks about ${clock(asked.start)} to ${clock(asked.end)} (${askedText})`
+      : this.viewMs ? `Asks about its last ${askedText}`
+        : asked.start === view.start ? `Asks about all of it (${askedText})`
+          : `Asks about its last ${askedText} of ${lengthText(length)}, the most that a question may`;
     this.element("ticks").replaceChildren(...[0, 0.5, 1].map((part) => {
       const tick = document.createElement("span");
       tick.textContent = clock(view.start + length * part, length > 1440 * MINUTE);
