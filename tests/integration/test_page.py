@@ -406,3 +406,20 @@ def test_range_when_all_is_more_than_may_be_asked_about_then_it_says_what_is_ask
     expect(page.locator("#send")).to_have_text("Stop")
     assert url_in(stand_in.asked[0]) == "stream://a?last=604800s"
     assert page.get_by_label("Start of the range").input_value() == "767"
+
+
+def test_enter_when_an_answer_is_being_written_then_the_next_question_is_asked_in_its_place(stand_in):
+    expect, page = playwright.expect, stand_in.page
+    expect(stand_in.card("a")).to_be_visible()
+    looked = page.locator(".answer .looked")
+
+    for question in ("first?", "second?", ""):
+        page.get_by_label("Question").fill(question)
+        page.keyboard.press("Enter")
+    expect(looked).to_have_text(["", "stopped"])
+    expect(page.locator("#send")).to_have_text("Stop")
+    page.get_by_role("button", name="Stop").click()
+
+    expect(looked).to_have_text(["stopped", "stopped"])
+    expect(page.locator("#send")).to_have_text("Ask")
+    assert [question["messages"][-1]["content"][-1]["text"] for question in stand_in.asked] == ["first?", "second?"]

@@ -279,7 +279,7 @@ async function ask(question) {
   answer.append(asked, text, looked);
   $("answers").prepend(answer);
   while ($("answers").children.length > MAX_ANSWERS) $("answers").lastElementChild.remove();
-  asking = new AbortController();
+  const mine = (asking = new AbortController());
   $("send").textContent = "Stop";
   try {
     const response = await call("v1/chat/completions", {
@@ -289,7 +289,7 @@ async function ask(question) {
         messages: [...before, { role: "user", content: [...videos, { type: "text", text: question }] }],
         stream: true,
       }),
-      signal: asking.signal,
+      signal: mine.signal,
     });
     await write(response, text, looked);
     const said = [{ role: "user", content: question }, { role: "assistant", content: text.textContent }];
@@ -301,8 +301,10 @@ async function ask(question) {
       looked.textContent = error instanceof ApiError ? error.message : "the connection broke; ask again";
     }
   } finally {
-    asking = null;
-    $("send").textContent = "Ask";
+    if (asking === mine) {
+      asking = null;
+      $("send").textContent = "Ask";
+    }
     answer.classList.remove("writing");
   }
 }
@@ -341,9 +343,14 @@ function lookedText(uses) {
 
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (asking) return asking.abort();
-  const question = $("question").value.trim() || $("question").placeholder;
-  if (chosen.size) ask(question);
+  const question = $("question").value.trim();
+  if (asking) {
+    const byKey = !event.submitter; // else by the button, which says Stop
+    if (byKey && !question) return;
+    asking.abort();
+    if (!byKey) return;
+  }
+  if (chosen.size) ask(question || $("question").placeholder);
 });
 
 $("anew").addEventListener("click", () => converse([]));
@@ -351,7 +358,7 @@ $("anew").addEventListener("click", () => converse([]));
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    $("ask").requestSubmit();
+    if (!event.repeat) $("ask").requestSubmit();
   }
 });
 
