@@ -22,6 +22,8 @@ from stormline.operators.pictures import make_jpeg
 from stormline.operators.rows import Chunk, LaneNews, Picture, Position, Result
 from stormline.pipeline.front.page_files import FILES, FOLDER, HEADERS
 from stormline.pipeline.parquet_sink import EpochWriter
+from stormline.pipeline.query_registry import QueryRegistry
+from stormline.pipeline.query_settings import Query
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.serving import StoreClient
 
@@ -52,6 +54,7 @@ class Streams:
 
     def __init__(self, root):
         recovery = recover(root, lanes=1, identity=IDENTITY)
+        QueryRegistry(root).add(Query.model_validate({"id": "van", "kind": "alert", "prompt": "Is there a van?"}))
         frames = ShapesWorld(ShapesSpec(seed=3, size_px=64)).render_many(np.arange(32) / 2)
         self._tokens = [chunk.tokens for chunk in stream_clip(load_model(None, device="cpu"), frames)]
         self._writer = EpochWriter(recovery.for_lane(0, (("page", 0),)), model="m", identity=IDENTITY)
@@ -146,6 +149,7 @@ def test_page_when_a_person_uses_it_then_everything_comes_without_reloading(brow
     answer = page.locator(".answer").first
     expect(answer.locator(".looked")).to_contain_text("tokens of page-gate", timeout=60_000)
     assert answer.locator(".text").inner_text()
+    expect(gate).to_have_class("stream alerting")  # still, after some more lists of streams
     shot(page, "desktop")
 
     # The range picker changes what is asked: half of the last minute, by dragging, then by the keyboard.

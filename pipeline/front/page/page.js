@@ -104,7 +104,6 @@ function lagText(seconds) {
 
 async function refreshStreams() {
   const { data } = await get("v1/streams");
-  if ([...cards.values()].some((card) => card.alerts.size)) await dropAlertsOfGoneQueries();
   data.sort((a, b) => STATES.indexOf(a.state) - STATES.indexOf(b.state)); // by name within a state, as they come
   const here = new Set(data.map((entry) => entry.id));
   for (const [id, card] of cards) {
@@ -127,6 +126,7 @@ async function refreshStreams() {
   $("summary").textContent = data.length ? `${data.length} stream${data.length > 1 ? "s" : ""}, ${live} live` : "";
   if (!chosen.size && data.length) choose((data.find((entry) => entry.state === "live") ?? data[0]).id);
   showTime();
+  if ([...cards.values()].some((card) => card.alerts.size)) await dropAlertsOfGoneQueries();
 }
 
 /** Bring children into an order; the one with the focus, which it would lose, is moved around rather than moved. */
