@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, nullcontext
 
 import duckdb
 import numpy as np
@@ -40,17 +41,53 @@ while True:
 """
 
 
-class Writer:
+class Repeated:
+    """Does something over and over in a thread, until the block ends; what it died of is then raised."""
+
+    PAUSE_S = 0.0
+
+    def __init__(self):
+        self._stop = threading.Event()
+        self._died_of = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def alive(self):
+        return self._thread.is_alive()
+
+    def once(self):
+        raise NotImplementedError
+
+    def _run(self):
+        try:
+            while not self._stop.wait(self.PAUSE_S):
+                self.once()
+        except Exception as error:  # noqa: BLE001 (the edge of the thread)
+            self._died_of = error
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        if self._died_of is not None:
+            raise self._died_of
+
+
+class Writer(Repeated):
     """A lane that commits one numbered row at a time."""
 
+    PAUSE_S = 0.01
+
     def __init__(self, root):
+        super().__init__()
         recovery = recover(root, lanes=1, identity={})
         self._writer = EpochWriter(recovery.for_lane(0, [("video", 0)]), model="m", identity={})
         self.n = next((p.next_offset for p in recovery.for_lane(0, [("video", 0)]).positions), 0)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def commit(self):
+    def once(self):
         at_ns = NOON_NS + self.n * 10**9
         tokens = np.full((1, 4), self.n % 1000, np.float16)
         self._writer.commit(
@@ -60,18 +97,6 @@ class Writer:
             snapshots={},
         )
         self.n += 1
-
-    def _run(self):
-        while not self._stop.wait(0.01):
-            self.commit()
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
 
 
 def with_duckdb(root):
@@ -83,40 +108,27 @@ def with_pyarrow(root):
     return [int(n) for n in ds.dataset(root / "results", format="parquet").to_table(["answer"])["answer"].to_pylist()]
 
 
-class Reader:
+class Reader(Repeated):
     """Reads the whole folder again and again; notes what it saw."""
 
     def __init__(self, read, root, writer, *, lock):
+        super().__init__()
         self._read, self._root, self._writer, self._lock = read, root, writer, lock
         self.n_right = self.n_failed = 0
         self.wrong = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self):
-        while not self._stop.is_set():
-            at_least = self._writer.n  # committed before we look
-            try:
-                if self._lock:
-                    with files_stay(self._root):
-                        seen = self._read(self._root)
-                else:
-                    seen = self._read(self._root)
-            except (FileNotFoundError, duckdb.IOException):
-                self.n_failed += 1
-                continue
-            if len(seen) == len(set(seen)) and set(range(at_least)) <= set(seen):
-                self.n_right += 1
-            else:
-                self.wrong.append((at_least, len(seen), len(set(seen))))
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
+    def once(self):
+        at_least = self._writer.n  # committed before we look
+        try:
+            with files_stay(self._root) if self._lock else nullcontext():
+                seen = self._read(self._root)
+        except (FileNotFoundError, duckdb.IOException):
+            self.n_failed += 1
+            return
+        if len(seen) == len(set(seen)) and set(range(at_least)) <= set(seen):
+            self.n_right += 1
+        else:
+            self.wrong.append((at_least, len(seen), len(set(seen))))
 
 
 @pytest.mark.parametrize("read", [with_duckdb, with_pyarrow])
@@ -124,7 +136,7 @@ def test_reader_when_it_reads_in_a_loop_while_files_are_compacted_then_it_sees_e
     """Without the lock a read may fail, loudly, where the files that it listed have gone; under the lock none does."""
     filled = Writer(tmp_path)
     for _ in range(EPOCHS_BEFORE):
-        filled.commit()
+        filled.once()
     compaction = Compaction(tmp_path, SPEC)
 
     with (
@@ -134,11 +146,26 @@ def test_reader_when_it_reads_in_a_loop_while_files_are_compacted_then_it_sees_e
     ):
         n_merged = 0
         while n_merged < ROUNDS or not (locked.n_right and unlocked.n_right):
+            assert writer.alive
+            assert locked.alive
+            assert unlocked.alive
             n_merged += sum(done.name.startswith("results") for done in compaction.run().dates)
 
     assert locked.wrong == unlocked.wrong == []
     assert locked.n_failed == 0
     assert sorted(read(tmp_path)) == list(range(writer.n))
+
+
+@contextmanager
+def compacting(root):
+    """Have a process compact over and over; it is killed at the end of the block, however that ends."""
+    command = [sys.executable, "-c", COMPACT_FOR_EVER, str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield
+        finally:
+            process.kill()
 
 
 def any_compacted(root):
@@ -148,26 +175,22 @@ def any_compacted(root):
 def test_compaction_when_killed_at_any_moment_then_followers_and_tables_have_each_row_once(tmp_path):
     filled = Writer(tmp_path)
     for _ in range(EPOCHS_BEFORE):
-        filled.commit()
+        filled.once()
     tail, tokens, followed = ResultTail(tmp_path), TokenFiles(tmp_path), []
-    command = [sys.executable, "-c", COMPACT_FOR_EVER, str(tmp_path)]
 
     with Writer(tmp_path) as writer:
         for k in range(4):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            assert process.stdout.readline() == "ready\n"
-            until_s = time.monotonic() + 0.3 + 0.17 * k  # so that it is killed at different moments
-            # The last one lives until something is compacted, however long that takes on a busy machine.
-            while time.monotonic() < until_s or (k == 3 and not any_compacted(tmp_path)):
-                followed += [int(event.values["answer"]) for event in tail.poll()]
-                tokens.refresh()
-                index = tokens.index("cam", 0, 2 * NOON_NS)
-                assert np.all(np.diff(index.start_ns) == 10**9), "a chunk is missing or there twice"
-                chunks = tokens.read("cam", index.start_ns[-200:])
-                assert [int(c.tokens[0, 0]) for c in chunks] == [n % 1000 for n in range(len(index))][-200:]
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            with compacting(tmp_path):
+                until_s = time.monotonic() + 0.3 + 0.17 * k  # so that it is killed at different moments
+                # The last one lives until something is compacted, however long that takes on a busy machine.
+                while time.monotonic() < until_s or (k == 3 and not any_compacted(tmp_path)):
+                    assert writer.alive
+                    followed += [int(event.values["answer"]) for event in tail.poll()]
+                    tokens.refresh()
+                    index = tokens.index("cam", 0, 2 * NOON_NS)
+                    assert np.all(np.diff(index.start_ns) == 10**9), "a chunk is missing or there twice"
+                    chunks = tokens.read("cam", index.start_ns[-200:])
+                    assert [int(c.tokens[0, 0]) for c in chunks] == [n % 1000 for n in range(len(index))][-200:]
 
     followed += [int(event.values["answer"]) for event in tail.poll()]
     assert followed == list(range(writer.n))
