@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -121,6 +123,43 @@ def test_decode_when_a_suspect_hangs_then_its_process_ends_and_the_lane_restarts
     assert (mark.in_hand.key, mark.in_hand.deaths) == (suspects[0].key, 1)  # that of this process makes it two
     assert [d.reason for d in bad.dead_letters] == ["crashes"]
     assert "no end after 0.5 s" in bad.dead_letters[0].detail
+
+
+DECODE_HERE = """
+import sys, time
+from pathlib import Path
+from small_media import make_meta, make_video
+from stormline.operators.decode import Decode
+from stormline.operators.rows import Segment, block_of
+from stormline.operators.worker_limits import ended_after
+
+step = Decode(fps=2, frame_hw=(32, 40), limit_s=0.5, marks=Path(sys.argv[1]))
+hangs = Segment(make_meta(seq=2, offset=9, stream_id="hangs-decoder"), make_video())
+with ended_after(0.5):
+    pass
+time.sleep(0.7)
+print("what was in time goes on", flush=True)
+step(block_of([hangs.to_row(0)]))
+print("came back", flush=True)
+"""
+
+
+def test_decode_when_a_record_that_nobody_suspects_hangs_then_the_process_ends_and_its_mark_names_the_record(tmp_path):
+    path = os.pathsep.join(str(folder) for folder in (PLUGINS, PLUGINS.parent))
+
+    ended = subprocess.run(
+        [sys.executable, "-c", DECODE_HERE, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert (ended.stdout, ended.returncode) == ("what was in time goes on\n", 1), ended.stderr
+    assert "Timeout (0:00:00.500000)!" in ended.stderr
+    assert "in hang" in ended.stderr
+    (mark,) = marks_in(tmp_path)
+    assert mark.in_hand == suspect_of(HANGS, 0)
 
 
 def test_decode_when_the_encoder_died_of_a_record_then_it_is_set_aside_and_its_stream_decoded_here(make_step):
