@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -103,16 +103,10 @@ def archive(
 
     from ..archive.feed import ArchiveFeed, ArchiveOptions
     from ..archive.progress import ArchiveProgress
-    from ..durations import moment_ns, parse_duration_s, parse_moment
     from ..stop_signals import on_stop_signal
     from ..supervisor import Supervisor
 
-    try:
-        window_s = None if every == SCENES else WHOLE_VIDEO_S if every == VIDEO else parse_duration_s(every)
-        watch_s = parse_duration_s(watch_every) if watch else 0.0
-        start_ns = None if start == "mtime" else 0 if start == "0" else moment_ns(parse_moment(start))
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+    window_s, start_ns, watch_s = archive_times(every, start, watch_every if watch else None)
     settings = _settings(settings_path, overrides or [], out, tokens)
     questions = [(text, window_s) for text in ask or []] + [(text, WHOLE_VIDEO_S) for text in ask_video or []]
     settings = settings.model_copy(update={"queries": archive_queries(settings, questions, window_s, captions)})
@@ -131,6 +125,32 @@ def archive(
     with on_stop_signal(supervisor.request_stop, progress.phase), progress:
         status = supervisor.run(on_status=progress.status, on_ready=progress.ready)
     _end(console, progress, status, root)
+
+
+class ArchiveTimes(NamedTuple):
+    """What the options say of times."""
+
+    window_s: float | None  # length of a window of captions and questions; None for scenes
+    start_ns: int | None  # of each video's first frame; None: when its file was last changed
+    watch_s: float  # from one look for new videos to the next; 0: there is one look
+
+
+def archive_times(every: str, start: str, watch_every: str | None) -> ArchiveTimes:
+    """Read the options `--every`, `--start` and `--watch-every`; the last is None without `--watch`.
+
+    Raises:
+        SettingsError: If one of them is no such time.
+    """
+    from ..durations import moment_ns, parse_duration_s, parse_moment
+
+    try:
+        return ArchiveTimes(
+            window_s=None if every == SCENES else WHOLE_VIDEO_S if every == VIDEO else parse_duration_s(every),
+            start_ns=None if start == "mtime" else 0 if start == "0" else moment_ns(parse_moment(start)),
+            watch_s=0.0 if watch_every is None else parse_duration_s(watch_every),
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _settings(path: Path | None, overrides: Sequence[str], out: Path | None, tokens: bool | None) -> Settings:
@@ -216,11 +236,14 @@ def _end(console: Console, progress: ArchiveProgress, status: RunStatus | None, 
     for line in failure_lines(now):
         console.print(f"[red]failed[/] {escape(line)}", soft_wrap=True)
     _write_report(console, progress, root)
-    states = count_states(now)
-    if states["waiting"]:
-        sys.exit(EXIT_UNFINISHED)
-    if states["failed"]:
-        sys.exit(EXIT_FAILED_VIDEOS)
+    sys.exit(exit_status(count_states(now)))
+
+
+def exit_status(states: Mapping[str, int]) -> int:
+    """Return the command's exit status, by how many videos are in which state (`outcomes.Outcome`)."""
+    if states.get("waiting"):
+        return EXIT_UNFINISHED
+    return EXIT_FAILED_VIDEOS if states.get("failed") else 0
 
 
 def _write_report(console: Console, progress: ArchiveProgress, root: Path) -> None:
