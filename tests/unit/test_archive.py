@@ -19,7 +19,7 @@ from stormline.pipeline.archive import file_ranges
 from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions, ArchivePlan
 from stormline.pipeline.archive.file_ranges import cut_file
 from stormline.pipeline.archive.find_videos import find_videos
-from stormline.pipeline.archive.outcomes import outcomes
+from stormline.pipeline.archive.outcomes import outcomes, write_videos
 from stormline.pipeline.archive.source import ArchiveReader, ArchiveSourcePlan, Pace, segments_of
 from stormline.pipeline.archive.work_list import RANGES_PER_VIDEO, WorkItem, WorkList, is_done
 from stormline.pipeline.commands.archive import archive_queries
@@ -236,6 +236,38 @@ def test_feed_when_run_again_then_only_new_and_changed_videos_are_added(tmp_path
         ("b.mp4@2", "v2", 2),
         ("c d.mp4", "v1", 3),
     ]
+
+
+def test_feed_when_told_when_videos_start_then_at_that_moment_or_when_each_file_was_changed(tmp_path):
+    """The moment is `stormline archive --start`'s: 0, mtime or a time."""
+    changed_ns, told_ns = 1_700_000_000_000_000_000, 1_800_000_000_000_000_000
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, ns in (("a.mp4", changed_ns), ("b.mp4", changed_ns + 10**9)):
+        (videos / name).write_text(name)
+        os.utime(videos / name, ns=(ns, ns))
+
+    def starts(out, **options):
+        feed_of(tmp_path / out, videos, **options)
+        start_ns = {i.stream_id: i.start_ns for i in WorkList(tmp_path / out).read()}
+        listed = pq.read_table(write_videos(tmp_path / out, outcomes(tmp_path / out))).to_pylist()
+        assert {row["stream_id"]: round(row["start_time"].timestamp() * 1e9) for row in listed} == start_ns
+        return start_ns
+
+    assert starts("changed", start_ns=None) == {"a.mp4": changed_ns, "b.mp4": changed_ns + 10**9}
+    assert starts("told", start_ns=told_ns) == {"a.mp4": told_ns, "b.mp4": told_ns}
+    assert starts("0") == {"a.mp4": 0, "b.mp4": 0}
+
+
+def test_video_when_its_start_is_told_then_its_rows_are_of_that_moment(clips):
+    start_ns = 1_700_000_000_000_000_000
+    whole, later = (
+        [through_a_lane(s) for s in segments_of(item_of(clips["closed"], start_ns=ns), 2.0)] for ns in (0, start_ns)
+    )
+
+    assert whole[0].first_ns == 0
+    assert [part.first_ns - start_ns for part in later] == [part.first_ns for part in whole]
+    assert [part.tail_ns - start_ns for part in later] == [part.tail_ns for part in whole]
 
 
 def test_feed_when_watching_then_a_file_that_grows_is_taken_once_it_rests(tmp_path):
