@@ -1,17 +1,22 @@
 """Evaluation: balanced questions about held-out clips, streamed, with their controls; and the model's card."""
 
+import inspect
 import json
 from collections import Counter
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
-from stormline.models.loading import LoadedModel, fingerprint_model
+from stormline.models.loading import LoadedModel, fingerprint_model, save_model
 from stormline.models.training.clips import HELD_OUT_SEED
 from stormline.models.training.evaluate import draw_items, evaluate, markdown_table
 from stormline.models.training.model_card import card_text, write_card
 from stormline.models.training.new_model import build_model
 from stormline.models.training.questions import ORDER_NEEDED
 from stormline.models.training.recipe import ModelSizes, recipe_from_dict
+from stormline.operators.errors import SettingsError
+from stormline.pipeline.cli import app
 
 TINY = ModelSizes(
     image_size=32,
@@ -93,12 +98,61 @@ def test_table_when_written_then_a_row_for_each_kind(evaluation):
     assert {"caption", "alert", "direction"} <= {row[1] for row in rows if len(row) > 1}
 
 
-def test_card_when_written_then_training_numbers_and_plot(evaluation, tmp_path):
+def write_training(folder):
+    """Write what a training leaves in a model's folder; return it, and the one line of its log."""
     recipe = recipe_from_dict({"name": "tiny", "seed": 5, "stages": [STAGE]})
     line = {"stage": "see", "seconds": 90.0, "device": "cpu", "threads": 2, "loss": 1.25, "accuracy": {"all": 0.5}}
     training = {"recipe": recipe.to_dict(), "seconds": {"see": 90.0}, "torch": "2.13.0"}
-    (tmp_path / "training.json").write_text(json.dumps(training))
-    (tmp_path / "training_log.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "training.json").write_text(json.dumps(training))
+    (folder / "training_log.jsonl").write_text(json.dumps(line) + "\n")
+    return training, line
+
+
+def test_eval_command_when_run_then_that_model_is_measured_as_asked_and_told_of(
+    loaded, evaluation, tmp_path, monkeypatch
+):
+    """What measures is tested above; it is asked here as the command asks it, and answers with what it gave there."""
+    measured = []
+
+    def measure(*given, **options):
+        measured.append(inspect.signature(evaluate).bind(*given, **options).arguments)
+        options["on_progress"]("8 frames: 41 questions")
+        return evaluation
+
+    monkeypatch.setattr("stormline.models.training.evaluate.evaluate", measure)
+    folder, told = tmp_path / "tiny", tmp_path / "told.json"
+    save_model(folder, loaded.model, loaded.processor)
+    write_training(folder)
+    asked = ["--lengths", "8,16", "--per-kind", "2", "--frames-per-length", "1000", "--seed", "3", "--device", "cpu"]
+
+    run = CliRunner().invoke(
+        app, ["eval", str(folder), *asked, "--out", str(told), "--card", "--threads", str(torch.get_num_threads())]
+    )
+
+    assert run.exit_code == 0, run.output
+    ((model, lengths, n_per_kind, seed, frames_per_length, _),) = [given.values() for given in measured]
+    assert model.fingerprint == loaded.fingerprint
+    assert (lengths, n_per_kind, seed, frames_per_length) == ([8, 16], 2, 3, 1000)
+    as_json = json.loads(json.dumps(evaluation.to_dict()))
+    assert json.loads(told.read_text()) == json.loads((folder / "evaluation.json").read_text()) == as_json
+    table = markdown_table(evaluation)
+    assert told.with_suffix(".md").read_text() == table + "\n"
+    assert table in run.stdout
+    assert "8 frames: 41 questions" in run.stderr
+    n_compared = evaluation.one_pass["compared"]
+    assert f"equal those of one pass in {n_compared} of {n_compared} clips" in run.stdout
+    assert f"card: {folder / 'README.md'}" in run.stdout
+
+
+@pytest.mark.parametrize("lengths", ["8,x", "", "2"])
+def test_eval_command_when_the_lengths_are_none_then_refused(lengths):
+    run = CliRunner().invoke(app, ["eval", "--lengths", lengths])
+
+    assert isinstance(run.exception, SettingsError)
+
+
+def test_card_when_written_then_training_numbers_and_plot(evaluation, tmp_path):
+    training, line = write_training(tmp_path)
 
     text = write_card(tmp_path, evaluation).read_text()
 

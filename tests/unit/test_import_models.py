@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_sources import SOURCES, llama, save_source
 from transformers import Qwen2VLConfig
+from typer.testing import CliRunner
 
 from stormline.models.generation import _prefill, generate_answers
 from stormline.models.importing import ImportOptions, check_family, import_model
@@ -20,6 +21,8 @@ from stormline.models.prefix_cache import PrefixCache
 from stormline.models.prompts import VideoPrompt
 from stormline.models.selection import VideoChunk
 from stormline.models.sizing import plan_import, plan_model
+from stormline.operators.errors import SettingsError
+from stormline.pipeline.cli import app
 
 TOLERANCE = 1e-5  # of logits, in float32
 
@@ -188,6 +191,41 @@ def test_plan_when_made_from_the_configuration_then_it_agrees_with_the_import(fa
     assert sum(plan.parameters.values()) == sum(p.numel() for p in loaded.model.parameters())
     assert plan.state_bytes_per_stream == loaded.model.init_stream_state().n_bytes
     assert plan.tokens_per_hour == 7200 * SOURCES[family].tokens_per_frame
+
+
+def test_import_command_when_asked_for_a_plan_then_it_tells_what_is_needed_without_weights(sources, tmp_path):
+    model, folder = sources("internvl")
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    plan = plan_import(model.config, "mine", ImportOptions(temporal_pool=2, name="mine"))
+
+    run = CliRunner().invoke(app, ["import", str(bare), "--plan", "--temporal-pool", "2", "--name", "mine"])
+
+    assert run.exit_code == 0, run.output
+    said = " ".join(run.output.split())
+    assert "mine, in bfloat16, at 2 frames a second" in said
+    assert f"{plan.tokens_per_chunk} every {plan.chunk_s:g} s, {plan.tokens_per_hour:,} an hour" in said
+    assert f"state a stream {plan.state_bytes_per_stream / 1e6:.1f} MB" in said.replace("│ ", "")
+    for device in plan.streams_by_memory:
+        assert f"streams on {device}" in said
+    assert sorted(tmp_path.iterdir()) == [bare], "a plan writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "DIR is missing"),
+        (["--plan", "--dtype", "int8"], "--dtype is 'int8'; expected one of"),
+        (["--plan", "--temporal-pool", "3"], "chunk_frames"),
+    ],
+)
+def test_import_command_when_asked_wrongly_then_refused(options, said, sources):
+    _, folder = sources("internvl")
+
+    run = CliRunner().invoke(app, ["import", str(folder), *options])
+
+    assert isinstance(run.exception, SettingsError)
+    assert said in str(run.exception)
 
 
 def test_import_when_the_model_does_not_fit_then_says_why(sources, tmp_path):
