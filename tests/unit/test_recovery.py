@@ -4,10 +4,12 @@ The lane here is small, but its state matters (a row depends on all records of i
 are real. Whatever happened, the tables are compared with those of a run that nobody disturbed.
 """
 
+import itertools
 import json
 import os
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -15,6 +17,7 @@ import pytest
 
 from stormline.operators.errors import CheckpointError
 from stormline.operators.rows import Chunk, DeadLetter, Position, Result, SnapshotKey
+from stormline.pipeline import recovery as recovery_module
 from stormline.pipeline.checkpoint import (
     MANIFEST_NAME,
     epoch_folder,
@@ -64,6 +67,7 @@ class CountingLane:
     """Sums up each stream's offsets; what a lane is, with nothing in it but state."""
 
     def __init__(self, start, partitions, cls=EpochWriter):
+        self.records_per_epoch = RECORDS_PER_EPOCH
         self.writer = cls(start, model="storm-1", identity=IDENTITY)
         self.next_offsets = dict.fromkeys(partitions, 0)
         self.next_offsets |= {(p.topic, p.partition): p.next_offset for p in start.positions}
@@ -77,7 +81,7 @@ class CountingLane:
             self._commit(rows)
 
     def _read(self, partition, end_offset):
-        n_records = RECORDS_PER_EPOCH // len(self.next_offsets) or 1
+        n_records = self.records_per_epoch // len(self.next_offsets) or 1
         for _ in range(n_records):
             offset = self.next_offsets[partition]
             if offset < end_offset:
@@ -153,13 +157,40 @@ def test_lane_when_it_crashes_after_a_numbered_step_then_each_row_is_there_once(
     assert rows_of(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def crash_at_call(patch, nth, owner, name):
+    """Have a function crash at its n-th call, in place of what it does."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def crashing(*args, **kwargs):
+        if next(calls) == nth:
+            raise CrashError
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, crashing)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_lane_when_it_crashes_and_recovery_does_too_then_each_row_is_there_once(tmp_path, undisturbed, number):
-    for epoch in (1, 2, 2, 3):
-        try:
-            run_lanes(tmp_path, 1, cls=crash_after(number, epoch))
-        except CrashError:
-            continue
+    """After steps 1 and 2 recovery has an epoch's tables to remove, after step 3 its folder too.
+
+    The epochs that are undone are longer than those that replace them, which write none of the later days' files anew.
+    """
+    places = [(2, Path, "unlink"), *([(1, recovery_module, "remove_epoch")] if number == 3 else [])]
+    n_removed = []  # files, before each crash
+    for epoch in (1, 3, 5):
+        (crashing,) = start_lanes(tmp_path, 1, crash_after(number, epoch))
+        crashing.records_per_epoch = 7 * RECORDS_PER_EPOCH
+        with pytest.raises(CrashError):
+            crashing.run()
+        for place in places:
+            n_files = len(list(find_data_files(tmp_path)))
+            with pytest.MonkeyPatch.context() as patch:
+                crash_at_call(patch, *place)
+                with pytest.raises(CrashError):
+                    recover(tmp_path, lanes=1, identity=IDENTITY)
+            n_removed.append(n_files - len(list(find_data_files(tmp_path))))
+        (going_on,) = start_lanes(tmp_path, 1)
+        going_on.run(max_epochs=2)
     torn = temporary_path(next(find_data_files(tmp_path)).path)
     torn.write_bytes(b"PAR1")
 
@@ -167,6 +198,8 @@ def test_lane_when_it_crashes_and_recovery_does_too_then_each_row_is_there_once(
 
     assert rows_of(tmp_path) == undisturbed
     assert not torn.exists()
+    assert len(n_removed) == 3 * len(places)
+    assert n_removed[:: len(places)] == [1] * 3, "recovery did not crash amid the files that it removes"
 
 
 @pytest.mark.parametrize("n_published", [1, 2, 3])
