@@ -23,6 +23,7 @@ import ray
 import torch
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
+from lane_runs import RUN_LIMIT_S, run_until_idle
 from ray.data import DataContext
 from starlette.testclient import TestClient
 
@@ -43,7 +44,6 @@ from stormline.pipeline.supervisor import Supervisor
 pytestmark = pytest.mark.timeout(240)
 
 START_NS = 1_700_000_000_000_000_000
-RUN_LIMIT_S = 120
 # With one slow step: in the source's own buffer, before the step, in it and after it, and what is in hand.
 MOST_ROWS_IN_FLIGHT = 5 * ROWS_IN_FLIGHT * BLOCK_ROWS
 NOT_COMPARED = {"latency_ms", "emitted_time"}  # of a run, not of its results
@@ -82,25 +82,6 @@ def send(bootstrap, topic, records):
     for r in records:
         producer.send(topic, key=r.key, value=r.value, headers=r.headers, timestamp_ms=r.timestamp).get(10)
     producer.close()
-
-
-def run_until_idle(
-    settings, idle_s=2.0, *, on_status=lambda status: None, done=lambda status: True, limit_s=RUN_LIMIT_S
-):
-    """Run until nothing has come for a while and `done` agrees, by the status of that moment."""
-    supervisor = Supervisor(settings)
-
-    def watch(status):
-        on_status(status)
-        if status.lag_records == 0 and status.idle_s >= idle_s and done(status):
-            supervisor.request_stop()
-
-    alarm = threading.Timer(limit_s, supervisor.request_stop)
-    alarm.start()
-    status = supervisor.run(on_status=watch)
-    assert alarm.is_alive(), f"not done after {limit_s} s: {status}"
-    alarm.cancel()
-    return status
 
 
 def table(settings, name):
@@ -271,18 +252,22 @@ def stop_in_the_middle(settings, ray_address):
     ]
     for one in sets:
         command += ["--set", one]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    alarm = threading.Timer(RUN_LIMIT_S, process.kill)
-    alarm.start()
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "bikes" in line or "shapes" in line:  # the first caption
-            process.send_signal(signal.SIGTERM)
-            break
-    said += list(process.stdout)
-    assert process.wait(60) == 0, "".join(said)
-    alarm.cancel()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        alarm = threading.Timer(RUN_LIMIT_S, process.kill)
+        alarm.daemon = True
+        alarm.start()
+        said = []
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if "bikes" in line or "shapes" in line:  # the first caption
+                    process.send_signal(signal.SIGTERM)
+                    break
+            said += list(process.stdout)
+            assert process.wait(60) == 0, "".join(said)
+        finally:
+            alarm.cancel()
+            process.kill()
     assert "stopping cleanly" in "".join(said)
 
 
