@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,9 +45,8 @@ def write_subtitles(
     Raises:
         SettingsError: If one is there, and it is not to be replaced; then nothing was written.
     """
-    names = _video_names(root)
-    sessions = [session for session in index.sessions(wanted.stream) if names is None or session in names]
-    paths = _paths(folder, sessions, f".{file_format}", names or {})
+    of_all = file_names(_names(root, index), f".{file_format}")  # so that a choice of streams changes no name
+    paths = {session: folder / of_all[session] for session in index.sessions(wanted.stream) if session in of_all}
     there = [path for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise SettingsError(
@@ -63,27 +62,18 @@ def write_subtitles(
     return Written(n_files, n_cues)
 
 
-def _video_names(root: Path) -> dict[Session, str] | None:
-    """Return the names of an archive's videos as they are now, by their sessions; None where it is no archive.
+def _names(root: Path, index: ResultIndex) -> dict[Session, str]:
+    """Return what the files of all sessions are to be called, whichever are wanted.
 
-    A video that changed, or was tried again, has sessions of several versions: the newest is about the file that is
-    there, whose players look for its name.
+    In an archive those of the videos as they are now: of a video that changed, or was tried again, there are sessions
+    of several versions, and the newest is about the file that is there, whose players look for its name.
     """
     newest = newest_versions(WorkList(root).read()).values()
-    if not newest:
-        return None
-    return {Session(item.stream_id, item.session): item.video_name for item in newest}
-
-
-def _paths(
-    folder: Path, sessions: list[Session], suffix: str, video_names: Mapping[Session, str]
-) -> dict[Session, Path]:
+    if newest:
+        return {Session(item.stream_id, item.session): item.video_name for item in newest}
+    sessions = index.sessions()
     counts = Counter(session.stream_id for session in sessions)
-    names = {
-        s: video_names.get(s, s.stream_id if counts[s.stream_id] == 1 else f"{s.stream_id}.{s.session}")
-        for s in sessions
-    }
-    return {session: folder / path for session, path in file_names(names, suffix).items()}
+    return {s: s.stream_id if counts[s.stream_id] == 1 else f"{s.stream_id}.{s.session}" for s in sessions}
 
 
 class _Subtitles:

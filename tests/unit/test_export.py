@@ -203,6 +203,33 @@ def test_subtitles_when_a_file_is_there_then_nothing_is_written_unless_told_to(a
     assert len(read_srt(mine)) == 2
 
 
+def test_subtitles_when_one_stream_is_exported_again_then_anothers_file_stays(tmp_path):
+    out, subs = tmp_path / "out", tmp_path / "subs"
+    list_videos(out, "a.mp4", "a.mkv")
+    Folder(out, topic="archive").commit(
+        caption("a.mp4", 0, 10, "of mp4", session="v1"), caption("a.mkv", 0, 10, "of mkv", session="v1")
+    )
+    export(out, subs, "--to", "srt")
+    before = {path.name: path.read_text() for path in subs.iterdir()}
+
+    for name in ("a.mkv", "a.mp4"):
+        export(out, subs, "--to", "srt", "--stream", name, "--overwrite")
+
+    assert {path.name: path.read_text() for path in subs.iterdir()} == before
+    assert before.keys() == {"a.mp4.srt", "a.mkv.srt"}
+
+
+def test_subtitles_when_live_streams_differ_in_case_then_each_keeps_its_file_whichever_is_wanted(tmp_path):
+    out, subs = tmp_path / "out", tmp_path / "subs"
+    Folder(out).commit(caption("Gate", 0, 10, "of Gate"), caption("gate", 0, 10, "of gate"))
+    export(out, subs, "--to", "srt")
+    before = {path.name: path.read_text() for path in subs.iterdir()}
+
+    export(out, subs, "--to", "srt", "--stream", "gate", "--overwrite")
+
+    assert {path.name: path.read_text() for path in subs.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
