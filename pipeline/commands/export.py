@@ -130,8 +130,12 @@ def _write_jsonl(out: Path, path: Path, wanted: RowFilter, overwrite: bool) -> W
         return written
     if path.is_dir():
         raise SettingsError(f"{path} is a folder; --to jsonl writes one file: give its name.")
+    if path.exists() and not path.is_file():  # a pipe or a device takes what it is given, and stays
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            return write_jsonl(out, file, wanted)
     if path.exists() and not overwrite:
         raise SettingsError(f"{path} is there already; --overwrite replaces it.")
+    path = path.resolve()  # of a link what it leads to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path).open("w", encoding="utf-8", newline="\n") as file:
         written = write_jsonl(out, file, wanted)

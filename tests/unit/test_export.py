@@ -274,6 +274,29 @@ def test_jsonl_when_exported_then_every_committed_row_once_also_after_a_compacti
     assert rows[0].keys() == set(pq.read_schema(next(archive.glob("results/*/*.parquet"))).names)
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_jsonl_when_written_to_a_pipe_then_it_goes_through_and_the_pipe_stays(options, archive, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    export(archive, pipe, "--to", "jsonl", *options)
+
+    assert pipe.is_fifo()
+    with open(reader, encoding="utf-8") as lines:
+        assert [json.loads(line)["answer"] for line in lines][:2] == ["a boat", "no"]
+
+
+def test_jsonl_when_written_to_a_link_then_what_it_leads_to_is_replaced(archive, tmp_path):
+    (tmp_path / "real.jsonl").write_text("before")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+
+    export(archive, tmp_path / "link.jsonl", "--to", "jsonl", "--overwrite")
+
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 7
+
+
 def test_batches_when_files_are_compacted_between_them_then_every_row_comes_once(tmp_path, monkeypatch):
     monkeypatch.setattr("stormline.pipeline.table_reader._EPOCHS_AT_ONCE", 3)
     folder = Folder(tmp_path)
