@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ...operators.errors import SettingsError
 from ..archive.outcomes import outcomes, videos_table
-from ..durable_files import temporary_path
+from ..durable_files import is_temporary, replace_file, temporary_path
 from ..parquet_sink import parquet_options
 from ..result_tail import plain_row
 from ..table_reader import RowFilter, TableReader
@@ -38,6 +39,11 @@ configs:
 Times are UTC. Those of an archive's videos are places in the video, unless the run was told otherwise: its first
 frame is at 1970-01-01T00:00:00Z.
 """
+NO_ROWS = " There are none: `load_dataset` takes it with `streaming=True` only."
+UNFINISHED_MARK = "It is not finished:"
+UNFINISHED_CARD = f"""{CARD_MARK} {UNFINISHED_MARK} the export still runs, or was ended before its time. Then
+`stormline export` with --overwrite begins it anew.
+"""
 CONTENTS = {
     "results": "a row for each caption, alert and answer: what was asked of which window, and the answer.",
     "tokens": "the video's tokens, chunk by chunk: `tokens` is row-major, reshape it to (token_count, token_dim).",
@@ -60,6 +66,8 @@ def write_jsonl(root: Path, file: IO[str], wanted: RowFilter) -> Written:
 def write_dataset(root: Path, folder: Path, wanted: RowFilter, *, tokens: bool, overwrite: bool) -> Written:
     """Write a folder that ``datasets.load_dataset`` reads: Parquet, and a card that says what is where.
 
+    The card comes last: until then there is one that names no table, so that nobody reads half of them.
+
     Args:
         root: The output folder.
         folder: Where to.
@@ -70,31 +78,38 @@ def write_dataset(root: Path, folder: Path, wanted: RowFilter, *, tokens: bool, 
     Raises:
         SettingsError: If there is something else, or something that is not to be replaced.
     """
-    _clear(folder, overwrite)
     tables = ["results", *(["tokens"] if tokens else []), "dead_letters"]
-    n_rows, written = 0, {}
-    for table in tables:
-        mine = wanted if table == "results" else RowFilter(None, wanted.stream, wanted.since, wanted.until)
-        reader = TableReader(root, table, mine, TABLES[table].names)
+    of_any_kind = replace(wanted, kind=None)
+    readers = [
+        TableReader(root, table, wanted if table == "results" else of_any_kind, TABLES[table].names) for table in tables
+    ]
+    _clear(folder, overwrite)
+    n_files, n_rows = 0, {}
+    for table, reader in zip(tables, readers, strict=True):
         sink = _ParquetFiles(folder / table, reader.schema.remove_metadata())
         for batch in reader.batches():
             sink.add(batch)
-        written[table] = sink.close()
-        n_rows += sink.n_rows
+        if sink.n_rows or table != "dead_letters":  # what was asked for is there, also where there is none of it
+            n_files, n_rows[table] = n_files + sink.close(), sink.n_rows
+    n_found = sum(n_rows.values())
     found = outcomes(root)
     if found:
         sink = _ParquetFiles(folder / "videos", videos_table([]).schema)
         sink.add(videos_table(found))
-        written["videos"] = sink.close()
-    (folder / CARD_NAME).write_text(card(root.resolve().name, [name for name, n_files in written.items() if n_files]))
-    return Written(sum(written.values()), n_rows)
+        n_files, n_rows["videos"] = n_files + sink.close(), sink.n_rows
+    replace_file(folder / CARD_NAME, card(root.resolve().name, n_rows).encode())
+    return Written(n_files, n_found)
 
 
-def card(name: str, tables: Iterable[str]) -> str:
-    """Return the dataset's card; its head tells `datasets` which files belong together."""
-    tables = list(tables)
-    configs = "".join(f"- config_name: {table}\n  data_files: {table}/*.parquet\n" for table in tables)
-    lines = "".join(f"- `{table}`: {CONTENTS[table]}\n" for table in tables)
+def card(name: str, n_rows: Mapping[str, int]) -> str:
+    """Return the dataset's card; its head tells `datasets` which files belong together.
+
+    Args:
+        name: Of the output folder.
+        n_rows: Of each table that was written.
+    """
+    configs = "".join(f"- config_name: {table}\n  data_files: {table}/*.parquet\n" for table in n_rows)
+    lines = "".join(f"- `{table}`: {CONTENTS[table]}{'' if n else NO_ROWS}\n" for table, n in n_rows.items())
     return CARD.format(
         quoted=json.dumps(f"stormline: {name}"),
         name=f"stormline: {name}",
@@ -105,18 +120,20 @@ def card(name: str, tables: Iterable[str]) -> str:
 
 
 def _clear(folder: Path, overwrite: bool) -> None:
-    """Make the folder, without what an earlier export wrote."""
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    if inside:
-        ours = (folder / CARD_NAME).is_file() and CARD_MARK in (folder / CARD_NAME).read_text(errors="replace")
-        if not ours:
+    """Make the folder, without what an earlier export wrote, and with the card of an unfinished one."""
+    path = folder / CARD_NAME
+    if folder.is_dir() and any(not is_temporary(inside.name) for inside in folder.iterdir()):
+        found = path.read_text(errors="replace") if path.is_file() else ""
+        if CARD_MARK not in found:
             raise SettingsError(f"{folder} has other files in it; give a new folder. Nothing was written.")
         if not overwrite:
-            raise SettingsError(f"{folder} holds an earlier export; --overwrite replaces it. Nothing was written.")
-        for table in CONTENTS:
-            for path in (folder / table).glob("*.parquet"):
-                path.unlink()
+            what = "an unfinished export" if UNFINISHED_MARK in found else "an earlier export"
+            raise SettingsError(f"{folder} holds {what}; --overwrite replaces it. Nothing was written.")
     folder.mkdir(parents=True, exist_ok=True)
+    replace_file(path, UNFINISHED_CARD.encode())
+    for table in CONTENTS:
+        for part in [*(folder / table).glob("*.parquet"), *(folder / table).glob(".*.parquet.tmp")]:
+            part.unlink()
 
 
 class _ParquetFiles:
@@ -143,14 +160,17 @@ class _ParquetFiles:
     def _flush(self) -> None:
         if not self._waiting:
             return
+        self._opened().write_table(pa.concat_tables(self._waiting), row_group_size=GROUP_ROWS)
+        self._waiting = []
+        if temporary_path(self._path()).stat().st_size >= FILE_BYTES:
+            self._finish_file()
+
+    def _opened(self) -> pq.ParquetWriter:
         if self._writer is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             draft = temporary_path(self._path())
             self._writer = pq.ParquetWriter(draft, self._schema, **parquet_options(self._schema))
-        self._writer.write_table(pa.concat_tables(self._waiting), row_group_size=GROUP_ROWS)
-        self._waiting = []
-        if temporary_path(self._path()).stat().st_size >= FILE_BYTES:
-            self._finish_file()
+        return self._writer
 
     def _finish_file(self) -> None:
         if self._writer is not None:
@@ -160,7 +180,9 @@ class _ParquetFiles:
             self._n_files += 1
 
     def close(self) -> int:
-        """Finish the last file, and return how many there are."""
+        """Finish the last file, and return how many there are; one, also of no rows."""
         self._flush()
+        if not self.n_rows:
+            self._opened()  # without a row group: `datasets` stumbles over one of no rows
         self._finish_file()
         return self._n_files

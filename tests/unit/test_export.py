@@ -19,6 +19,7 @@ from stormline.operators.rows import DeadLetter
 from stormline.pipeline.archive.work_list import WorkItem, WorkList
 from stormline.pipeline.cli import app
 from stormline.pipeline.compaction import Compaction, CompactionSpec
+from stormline.pipeline.export import row_files
 from stormline.pipeline.export.file_names import file_names
 from stormline.pipeline.export.subtitle_files import write_subtitles
 from stormline.pipeline.export.subtitles import Cue, disjoint, srt_lines, vtt_lines
@@ -349,15 +350,65 @@ def test_dataset_when_exported_again_then_old_files_go_and_others_are_safe(archi
     (tmp_path / "ds" / "results" / "part-00001.parquet").write_text("of a larger export")
 
     refused = export(archive, tmp_path / "ds", "--to", "datasets", expect=None)
+    wrong = export(archive, tmp_path / "ds", "--to", "datasets", "--overwrite", "--kind", "captions", expect=None)
+    before = (tmp_path / "ds" / "README.md").read_text()
     export(archive, tmp_path / "ds", "--to", "datasets", "--overwrite", "--stream", "b.mkv")
 
     assert "earlier export" in str(refused.exception)
+    assert "no result is of kind" in str(wrong.exception)
+    assert "config_name: results" in before
     assert [p.name for p in (tmp_path / "ds" / "results").iterdir()] == ["part-00000.parquet"]
     assert set(pq.read_table(tmp_path / "ds" / "results" / "part-00000.parquet")["stream_id"].to_pylist()) == {"b.mkv"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     refused = export(archive, tmp_path / "other", "--to", "datasets", "--overwrite", expect=None)
     assert "has other files in it" in str(refused.exception)
+
+
+def test_dataset_when_an_export_was_ended_then_nobody_reads_half_and_another_one_repairs_it(
+    archive, tmp_path, monkeypatch
+):
+    dataset = tmp_path / "ds"
+    export(archive, dataset, "--to", "datasets", "--tokens")
+    real = row_files._ParquetFiles._finish_file
+
+    def ends(sink):
+        if sink.n_rows and sink._folder.name == "dead_letters":
+            raise OSError(28, "No space left on device")
+        real(sink)
+
+    monkeypatch.setattr(row_files._ParquetFiles, "_finish_file", ends)
+    export(archive, dataset, "--to", "datasets", "--overwrite", "--stream", "b.mkv", expect=None)
+    export(archive, dataset, "--to", "datasets", "--overwrite", expect=None)
+    monkeypatch.undo()
+
+    assert "config_name" not in (dataset / "README.md").read_text()
+    assert "not finished" in (dataset / "README.md").read_text()
+    refused = export(archive, dataset, "--to", "datasets", expect=None)
+    assert "an unfinished export; --overwrite" in str(refused.exception)
+    export(archive, dataset, "--to", "datasets", "--overwrite")
+    assert sorted(str(path.relative_to(dataset)) for path in dataset.rglob("*") if path.is_file()) == [
+        "README.md",
+        "dead_letters/part-00000.parquet",
+        "results/part-00000.parquet",
+        "videos/part-00000.parquet",
+    ]
+    assert pq.read_table(dataset / "results" / "part-00000.parquet").num_rows == 7
+
+
+def test_dataset_when_there_are_no_rows_then_its_columns_can_be_loaded_and_the_card_says_how(tmp_path):
+    Folder(tmp_path / "out").commit(caption("gate", 0, 10, "a car"))
+    export(tmp_path / "out", tmp_path / "ds", "--to", "datasets", "--tokens", "--stream", "yard")
+    from datasets import load_dataset
+
+    for name, column in (("results", "answer"), ("tokens", "tokens")):
+        loaded = load_dataset(
+            str(tmp_path / "ds"), name, cache_dir=str(tmp_path / "cache"), split="train", streaming=True
+        )
+        assert (list(loaded), column in loaded.features) == ([], True)
+        assert pq.read_table(tmp_path / "ds" / name).num_rows == 0
+    assert (tmp_path / "ds" / "README.md").read_text().count("There are none") == 2
+    assert not (tmp_path / "ds" / "dead_letters").exists()
 
 
 @pytest.mark.parametrize(
