@@ -13,9 +13,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..models.strict_yaml import load_yaml
 from ..operators.errors import SettingsError
 from .query_settings import Query, check_sinks
 from .secret_references import is_reference
@@ -379,12 +379,12 @@ def load_settings(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as e:
         raise SettingsError(f"{path} is not UTF-8 text: {e}. Save it as UTF-8.") from e
     except OSError as e:
         raise SettingsError(f"Cannot read the settings file {path}: {e.strerror}. Give an existing YAML file.") from e
-    except yaml.YAMLError as e:
+    except ValueError as e:
         raise SettingsError(f"{path} is not YAML: {e}") from e
     if data is None:
         return {}
@@ -404,8 +404,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise SettingsError(f"--set {override!r}: {section!r} is not a section.")
         data = inner
     try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as e:
+        data[last] = load_yaml(value)
+    except ValueError as e:
         raise SettingsError(f"--set {override!r}: {value!r} is not a YAML value: {e}") from e
 
 

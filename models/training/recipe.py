@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..strict_yaml import load_yaml
 from .clips import WORLDS
 from .lora import PART, Lora
 from .questions import KINDS
@@ -221,17 +222,19 @@ def load_recipe(source: str | Path) -> Recipe:
 
     Raises:
         FileNotFoundError: If there is no such file; the message names those built in.
-        ValueError: On unknown keys or values that do not go together.
+        ValueError: If the file is no YAML; on unknown keys or values that do not go together.
     """
-    import yaml
-
     path = Path(source)
     if not path.is_file():
         path = RECIPE_FOLDER / f"{source}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml"))
         raise FileNotFoundError(f"recipe {str(source)!r} is no file; expected a YAML file or one of {', '.join(known)}")
-    return recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    return recipe_from_dict(values, str(path))
 
 
 def recipe_from_dict(values: Any, where: str = "recipe") -> Recipe:

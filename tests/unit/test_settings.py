@@ -42,6 +42,7 @@ def test_settings_when_file_and_override_disagree_then_the_override_wins(tmp_pat
         ("lag=[{policy: drop}]", r"lag.0.policy: .*'wait' or 'skip'"),
         ("lanes", "expected section.key=value"),
         ("kafka.topics=[a", "not a YAML value"),
+        ("queries=[{id: a, window_s: 4, window_s: 8}]", "the key 'window_s' stands twice"),
     ],
 )
 def test_settings_when_wrong_then_the_error_says_which_key_and_what_was_expected(override, said):
@@ -57,6 +58,14 @@ def test_settings_when_the_file_is_missing_or_no_mapping_then_said_so(tmp_path):
         load_settings(tmp_path / "none.yaml")
     with pytest.raises(SettingsError, match="holds a list"):
         load_settings(listed)
+
+
+def test_settings_when_a_section_stands_twice_in_the_file_then_refused_with_both_lines(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("lanes: {count: 2}\nkafka: {topics: [gate]}\nlanes: {decode_workers: 3}\n")
+
+    with pytest.raises(SettingsError, match=r"s.yaml .* line 3: the key 'lanes' stands twice, first in line 1"):
+        load_settings(file)
 
 
 def test_secrets_when_referred_to_then_resolved_and_never_shown(tmp_path, monkeypatch):
