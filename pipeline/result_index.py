@@ -114,7 +114,8 @@ def open_result_index(root: Path) -> Iterator[ResultIndex]:
 
     Raises:
         SettingsError: If stormline has not written to the folder.
-        StormlineError: If this Python's SQLite has no full-text search.
+        StormlineError: If this Python's SQLite has no full-text search; or, from within the block, if the file proves
+            damaged as it is read. Then it is deleted, for the next one to make anew.
     """
     check_output_folder(root)
     with ExitStack() as stack:
@@ -124,10 +125,17 @@ def open_result_index(root: Path) -> Iterator[ResultIndex]:
             connection = _open(path, root)
         except (OSError, sqlite3.OperationalError) as error:
             logger.info("no index beside the tables, a temporary one: path=%s error=%s", path, error)
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormline-search-"))
-            connection = _open(Path(temporary) / FILE_NAME, root)
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stormline-search-"))) / FILE_NAME
+            connection = _open(path, root)
         stack.callback(connection.close)
-        yield ResultIndex(connection)
+        try:
+            yield ResultIndex(connection)
+        except sqlite3.DatabaseError as error:
+            _delete(path)
+            raise StormlineError(
+                f"the index {path} was damaged ({error}) and is deleted; the tables, which it is made from, are not "
+                "concerned. Give the command again: it makes the index anew."
+            ) from error
 
 
 class ResultIndex:
@@ -245,8 +253,14 @@ def _open(path: Path, root: Path) -> sqlite3.Connection:
         raise
     except sqlite3.DatabaseError as error:
         logger.warning("index is damaged and made anew: path=%s error=%s", path, error)
-        path.unlink()
+        _delete(path)
         return _opened(path, root)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, and first what was to be undone in it, which would spoil the next one of its name."""
+    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _opened(path: Path, root: Path) -> sqlite3.Connection:
@@ -320,7 +334,7 @@ class _Refresh:
         events: Iterator[ResultEvent] = iter(())
         while True:
             with _transaction(self._connection):
-                (cursor,) = self._connection.execute("SELECT cursor FROM place").fetchone()
+                (cursor,) = self._connection.execute("SELECT cursor FROM place").fetchone() or (None,)
                 if tail is None or str(tail.cursor) != cursor:  # the first page, or another process was here
                     self._ids.clear()
                     tail = ResultTail(self._root, self._place(cursor))
@@ -331,10 +345,18 @@ class _Refresh:
             if len(page) < ROWS_AT_ONCE:
                 return
 
-    def _place(self, cursor: str) -> Cursor | None:
-        """Return where to go on; from the start where the tables are behind, as when recovery took rows back."""
-        place = Cursor.parse(cursor) if cursor else None
-        if place is not None and place.is_ahead_of(newest_cursor(self._root)):
+    def _place(self, cursor: object) -> Cursor | None:
+        """Return where to go on, None for the start; make all anew where the place is damaged or not to be reached.
+
+        That is where the tables are behind, as when recovery took rows back.
+        """
+        if cursor == "":
+            return None
+        try:
+            place = Cursor.parse(cursor) if isinstance(cursor, str) else None
+        except ValueError:
+            place = None
+        if place is None or place.is_ahead_of(newest_cursor(self._root)):
             _make_tables(self._connection)
             return None
         return place

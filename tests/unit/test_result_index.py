@@ -9,7 +9,7 @@ import pytest
 from output_folder import Folder, caption, list_videos
 from typer.testing import CliRunner
 
-from stormline.operators.errors import SettingsError
+from stormline.operators.errors import SettingsError, StormlineError
 from stormline.pipeline import result_index
 from stormline.pipeline.cli import app
 from stormline.pipeline.compaction import Compaction, CompactionSpec
@@ -145,6 +145,35 @@ def test_index_when_its_file_is_damaged_then_it_is_made_anew(damage, folder):
     before = everything(folder.root)
     (folder.root / "search" / "results.sqlite").write_bytes(damage)
 
+    assert everything(folder.root) == before
+
+
+@pytest.mark.parametrize(
+    "damage", ["UPDATE place SET cursor = 'no cursor'", "UPDATE place SET cursor = x'00ff'", "DELETE FROM place"]
+)
+def test_index_when_the_place_in_it_cannot_be_read_then_it_is_made_anew(damage, folder):
+    before = everything(folder.root)
+    with sqlite3.connect(folder.root / "search" / "results.sqlite") as other:
+        other.execute(damage)
+
+    assert everything(folder.root) == before
+    assert found(folder.root, "dog") == ["a dog turns around; a red ball rolls"]
+
+
+def test_index_when_it_proves_damaged_as_it_is_read_then_told_once_and_made_anew(folder):
+    before = everything(folder.root)
+    path = folder.root / "search" / "results.sqlite"
+    with sqlite3.connect(path) as other:
+        (page,) = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'results'").fetchone()
+        (page_bytes,) = other.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * page_bytes)
+        file.write(b"\xff" * page_bytes)
+
+    with pytest.raises(StormlineError, match=r"results.sqlite was damaged .* Give the command again"):
+        found(folder.root, "dog")
+
+    assert found(folder.root, "dog") == ["a dog turns around; a red ball rolls"]
     assert everything(folder.root) == before
 
 
