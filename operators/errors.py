@@ -47,6 +47,10 @@ class CommitError(StormlineError):
     """An epoch could not be written: disk full, not writable. Free space; the lane then restarts."""
 
 
+class TableError(StormlineError):
+    """A Parquet file of a table cannot be read. Bring it back from a copy, or move it out of the output folder."""
+
+
 class OutputLockedError(StormlineError):
     """Another stormline writes to this output folder. Stop that one, or choose another `output.path`."""
 

@@ -13,6 +13,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from ..operators.errors import TableError
 from .parquet_sink import DateFolder, data_files_in, list_date_folders
 from .tables import TABLES
 
@@ -98,6 +100,7 @@ def find_rows(root: Path, tables: Sequence[str] = tuple(TABLES)) -> Iterator[Fil
 
     Raises:
         FileNotFoundError: If files are compacted meanwhile; see `while_files_move`.
+        TableError: If a compacted file is damaged.
     """
     for folder in list_date_folders(root, tables):
         yield from rows_in(folder)
@@ -113,9 +116,16 @@ def rows_in(folder: DateFolder) -> Iterator[FileRows]:
 
 
 def rows_of_compacted(folder: DateFolder, path: Path) -> Iterator[FileRows]:
-    """Yield where the rows of each epoch are in one compacted file, in its order."""
+    """Yield where the rows of each epoch are in one compacted file, in its order.
+
+    Raises:
+        FileNotFoundError: If it was compacted again meanwhile.
+        TableError: If it is damaged.
+    """
+    with _damage_told(path):
+        parts = read_parts(path)
     first_row = 0
-    for part in read_parts(path):
+    for part in parts:
         yield FileRows(folder.table, folder.date, part.lane, part.epoch, path, first_row, part.n_rows)
         first_row += part.n_rows
 
@@ -136,13 +146,13 @@ def read_table(
 
     Raises:
         FileNotFoundError: If one of the files was compacted meanwhile.
+        TableError: If one is damaged.
     """
     names = list(columns or schema.names)
     tables = []
     for whole, run in groupby(rows, key=lambda each: each.n_rows is None):
         if whole:
-            paths = [str(each.path) for each in run]
-            tables.append(ds.dataset(paths, schema=schema, format="parquet").to_table(names, filter=wanted))
+            tables.append(_read_files([each.path for each in run], schema, names, wanted))
         else:
             parts = [_read_range(group, names) for group in _neighbours(run)]
             tables += parts if wanted is None else [part.filter(wanted) for part in parts]
@@ -150,10 +160,23 @@ def read_table(
     return pa.concat_tables([empty, *tables])
 
 
+def _read_files(paths: Sequence[Path], schema: pa.Schema, names: list[str], wanted: ds.Expression | None) -> pa.Table:
+    """Read all rows of some files."""
+    try:
+        with _damage_told(paths[0]):
+            return ds.dataset([str(path) for path in paths], schema=schema, format="parquet").to_table(
+                names, filter=wanted
+            )
+    except TableError:
+        if len(paths) == 1:
+            raise
+        return pa.concat_tables([_read_files([path], schema, names, wanted) for path in paths])  # which of them it is
+
+
 def _read_range(rows: Sequence[FileRows], names: list[str]) -> pa.Table:
     """Read what follows each other in one file, all with a number of rows."""
     first, stop = rows[0].first_row, rows[-1].first_row + (rows[-1].n_rows or 0)
-    with pq.ParquetFile(rows[0].path) as file:
+    with _damage_told(rows[0].path), pq.ParquetFile(rows[0].path) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)])
         groups = range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, stop, "left")) + 1)
         before = int(ends[groups.start - 1]) if groups.start else 0
@@ -169,6 +192,25 @@ def _neighbours(rows: Iterable[FileRows]) -> Iterator[list[FileRows]]:
         group.append(each)
     if group:
         yield group
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turn what is raised where a file does not hold what it should into an error that names it.
+
+    Arrow says so in an `OSError` without a number, too; one with a number is the disk's, or a file that is gone.
+    """
+    try:
+        yield
+    except (FileNotFoundError, MemoryError):
+        raise
+    except (pa.ArrowException, ValueError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise TableError(
+            f"{path} is damaged ({' '.join(str(error).split())}); expected a Parquet file as stormline writes it. "
+            "Bring it back from a copy, or move it out of the output folder: its rows are then missing, and no others."
+        ) from error
 
 
 def while_files_move(read: Callable[[], T]) -> T:

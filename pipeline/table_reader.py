@@ -115,6 +115,7 @@ class TableReader:
 
         Raises:
             FileNotFoundError: If that happens again and again, or somebody deletes files.
+            TableError: If one is damaged.
         """
         committed = newest_committed(self._root)
         n = 1 if set(_BULKY) & set(self._columns) else _EPOCHS_AT_ONCE

@@ -11,12 +11,13 @@ import pytest
 from output_folder import StoppedError, StopsBeforeManifest
 from typer.testing import CliRunner
 
-from stormline.operators.errors import SettingsError
+from stormline.operators.errors import SettingsError, TableError
 from stormline.operators.rows import Chunk, DeadLetter, Position, Result
 from stormline.pipeline import file_times, table_reader
 from stormline.pipeline.cli import app
 from stormline.pipeline.commands.results import follow_rows, parse_since
 from stormline.pipeline.compacted_files import read_table
+from stormline.pipeline.compaction import Compaction, CompactionSpec
 from stormline.pipeline.file_times import FileTimes
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
@@ -177,6 +178,29 @@ def test_follow_when_old_checkpoints_were_pruned_between_then_no_row_is_missed(o
 
     assert [row["answer"] for row in reader.fresh()] == [f"answer {n}" for n in range(20, 26)]
     assert reader.fresh() == []
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:200], lambda data: b"\xff" * 400 + data[400:]])
+@pytest.mark.parametrize("command", ["results", "search", "export"])
+def test_command_when_a_file_is_damaged_then_the_error_names_it(out, tmp_path_factory, command, damage):
+    path = sorted(out.glob("results/*/*.parquet"))[2]
+    path.write_bytes(damage(path.read_bytes()))
+    arguments = {"search": ["answer"], "export": [tmp_path_factory.mktemp("to") / "a.jsonl", "--to", "jsonl"]}
+
+    run = CliRunner().invoke(app, [command, str(out), *map(str, arguments.get(command, []))])
+
+    assert isinstance(run.exception, TableError)
+    assert f"{path} is damaged" in str(run.exception)
+
+
+def test_results_when_a_compacted_file_is_damaged_then_the_error_names_it(out):
+    assert Compaction(out, CompactionSpec(min_age_s=0, min_files=2, grace_s=0)).run().dates
+    (path,) = (path for path in out.glob("results/*/*.parquet") if path.name.startswith("epochs-"))
+    path.write_bytes(path.read_bytes()[:-9])
+
+    assert f"{path} is damaged" in str(show(out, expect=1).exception)
+    with pytest.raises(TableError, match=path.name):
+        list(TableReader(out, "results").batches())
 
 
 def test_results_when_there_are_none_yet_then_it_says_so(tmp_path):
