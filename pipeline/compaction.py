@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from ..operators.errors import CommitError, SettingsError
 from .checkpoint import KEPT_EPOCHS, list_lanes, whole_manifests
 from .compacted_files import PARTS_KEY, Part, compacted_in, compacted_name, pack_parts, read_parts
-from .durable_files import exchange_folders, is_temporary, make_folder, sync_file, sync_folder, write_failure
+from .durable_files import exchange_folders, is_temporary, sync_file, sync_folder, write_failure
 from .files_lock import files_change
 from .output_lock import OutputLock
 from .parquet_sink import DateFolder, data_files_in, list_date_folders, parquet_options
@@ -156,7 +156,6 @@ class Compaction:
             CommitError: If the disk refuses, or the file system cannot exchange two folders.
         """
         report = CompactionReport()
-        make_folder(self.root / FOLDER)
         with OutputLock(self.root / FOLDER):
             try:
                 self._check_exchange()
@@ -274,7 +273,7 @@ def safe_epochs(root: Path) -> dict[int, int]:
 
 
 def check_tables(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the tables' names.
+    """Return the tables' names, each once; all where none is given.
 
     Raises:
         SettingsError: If one is none.
@@ -282,7 +281,7 @@ def check_tables(names: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in TABLES]
     if unknown:
         raise SettingsError(f"no table {', '.join(unknown)}; expected {', '.join(TABLES)}")
-    return tuple(names) or tuple(TABLES)
+    return tuple(dict.fromkeys(names)) or tuple(TABLES)
 
 
 def _write_merged(plan: DatePlan, staging: Path, target_bytes: int) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +63,8 @@ def compact(
     from ..table_reader import check_output_folder
 
     check_output_folder(out)
+    if not math.isfinite(target_mb):
+        raise SettingsError(f"--target-mb {target_mb} is no size; expected megabytes, such as 128.")
     spec = CompactionSpec(
         tables=check_tables(table or ()),
         target_bytes=int(target_mb * 1e6),

@@ -443,12 +443,35 @@ def test_command_when_run_then_it_says_what_it_did_and_a_dry_run_does_nothing(tm
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--table", "captions"], "no table captions"), (["--min-age", "soon"], "'soon' is no length of time")],
+    [
+        (["--table", "captions"], "no table captions"),
+        (["--min-age", "soon"], "'soon' is no length of time"),
+        (["--target-mb", "inf"], "--target-mb inf is no size"),
+    ],
 )
 def test_command_when_an_option_is_wrong_then_it_says_what_was_expected(tmp_path, options, message):
     Lanes(tmp_path).commit(1)
 
     assert message in str(run_command(tmp_path, *options).exception)
+
+
+def test_command_when_a_table_is_named_twice_then_it_is_merged_once(tmp_path):
+    Lanes(tmp_path).commit(20)
+
+    done = run_command(tmp_path, "--min-age", "0s", "--grace", "0s", "--table", "results", "--table", "results")
+
+    assert done.exit_code == 0, done.output
+    assert done.output.count("results/date=") == 1
+
+
+def test_command_when_its_folder_cannot_be_made_then_it_says_why(tmp_path):
+    Lanes(tmp_path).commit(20)
+    (tmp_path / FOLDER).write_text("in the way")
+
+    done = run_command(tmp_path, "--min-age", "0s")
+
+    assert isinstance(done.exception, CommitError)
+    assert f"cannot read or write {tmp_path / FOLDER}" in str(done.exception)
 
 
 def test_command_when_the_folder_is_none_of_ours_then_it_says_so(tmp_path):
