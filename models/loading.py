@@ -194,13 +194,19 @@ def choose_device(device: str) -> torch.device:
     """Return the device of a name; "auto" is CUDA where there is one.
 
     Raises:
-        ValueError: If it is CUDA and there is none.
+        ValueError: If torch knows none of that name, or it is CUDA and there is none, or not so many.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:1', for one") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch sees no CUDA device; expected 'cpu' or 'auto' here")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise ValueError(f"device is {device!r}, but torch sees {n} CUDA device(s); expected at most 'cuda:{n - 1}'")
     return chosen
 
 

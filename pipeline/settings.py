@@ -109,7 +109,7 @@ class ModelSettings(_Section):
     """The network that encodes and answers."""
 
     path: str | None = Field(None, description="Checkpoint folder or hub id; nothing: the built-in small model.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1…")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1…")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

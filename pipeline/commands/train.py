@@ -61,10 +61,13 @@ def train(
         chosen = load_recipe(recipe)
         chosen = chosen if scale == 1.0 else chosen.scaled(scale)
         place = str(choose_device(device))
+        out.mkdir(parents=True, exist_ok=True)
         ranks = Ranks.join(place)
         trainer = Trainer(chosen, out, device=place, ranks=ranks)
     except (ValueError, FileNotFoundError) as error:
         raise SettingsError(str(error)) from error
+    except OSError as error:
+        raise SettingsError(f"cannot write to {out}: {error.strerror or error}; expected a folder for --out") from error
     stop = threading.Event()
     with on_stop_signal(stop.set, typer.echo):
         folder = trainer.run(_show if ranks.first else None, stop.is_set)

@@ -10,7 +10,7 @@ import torch
 
 from stormline.models import loading
 from stormline.models.generation import generate_answers
-from stormline.models.loading import build_untrained_tiny, fingerprint_model, load_model, save_model
+from stormline.models.loading import build_untrained_tiny, choose_device, fingerprint_model, load_model, save_model
 from stormline.models.prompts import VideoPrompt
 from stormline.models.selection import VideoChunk
 
@@ -98,3 +98,18 @@ def test_load_when_bfloat16_is_asked_for_then_streams_and_answers_in_it(folder):
     assert loaded.model.dtype == torch.bfloat16
     assert torch.cosine_similarity(tokens.float().flatten(), full.float().flatten(), dim=0) > 0.99
     assert answer.generated_tokens == 4
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:", "gpu:0", ""])
+def test_device_when_torch_knows_none_of_that_name_then_the_error_says_what_is_expected(device):
+    with pytest.raises(ValueError, match=rf"device is '{device}'; expected 'auto', 'cpu'"):
+        choose_device(device)
+
+
+def test_device_when_there_are_not_so_many_then_the_error_says_how_many(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="torch sees 2 CUDA"):
+        choose_device("cuda:2")

@@ -40,6 +40,7 @@ def test_settings_when_file_and_override_disagree_then_the_override_wins(tmp_pat
         ("lag=[{policy: skip, max_lag_s: 5, resume_lag_s: 9}]", "resume_lag_s is 9 and max_lag_s 5"),
         ("lag=[{streams: []}]", "streams names none"),
         ("lag=[{policy: drop}]", r"lag.0.policy: .*'wait' or 'skip'"),
+        ("model.device=nope", r"model.device: .*auto\|cpu.* \(got 'nope'\)"),
         ("lanes", "expected section.key=value"),
         ("kafka.topics=[a", "not a YAML value"),
         ("queries=[{id: a, window_s: 4, window_s: 8}]", "the key 'window_s' stands twice"),
