@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ..operators.errors import StormlineError
 from .durations import moment_ns
 from .result_tail import Cursor, ResultEvent, ResultTail, newest_cursor
-from .table_reader import check_kind, check_output_folder
+from .table_reader import check_kind, check_output_folder, check_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Wanted:
     """Which results; all that are given must hold.
 
     Raises:
-        SettingsError: If no result is of this kind.
+        SettingsError: If no result is of this kind, or a name is no text.
     """
 
     stream: str | None = None  # a name, or a pattern with * ? [ ]
@@ -106,6 +106,8 @@ class Wanted:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
+        for name in (self.stream, *self.query_ids):
+            check_text(name or "")
 
 
 @contextmanager
@@ -197,7 +199,11 @@ class ResultIndex:
                 and ``word*`` is how a word begins.
             wanted: Leaves others out.
             limit: At most so many.
+
+        Raises:
+            SettingsError: If it is no text.
         """
+        check_text(text)
         match = match_expression(text)
         if not match:
             return []

@@ -196,6 +196,18 @@ def check_kind(kind: str | None) -> None:
         )
 
 
+def check_text(text: str) -> None:
+    """Raise if there are bytes in a text that are none, as a shell may pass them on.
+
+    Raises:
+        SettingsError: If so.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"{text!r} is no text: some of its bytes are not UTF-8; expected UTF-8.") from None
+
+
 def check_output_folder(root: Path) -> None:
     """Raise if stormline has not written here.
 

@@ -25,7 +25,7 @@ def search(
     query: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Only this query's results. May be repeated.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many, the best.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, metavar="N", help="At most so many, the best.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Find windows by what was said of them: captions, alerts and answers of all streams, the best first.

@@ -265,6 +265,29 @@ def test_search_command_when_nothing_fits_then_it_says_so(folder):
     assert "says nothing like 'zebra'" in run.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["search", "{out}", "car", "--stream", "\udcff"],
+        ["search", "{out}", "car", "--query", "\udcff"],
+        ["search", "{out}", "car\udcff"],
+        ["export", "{out}", "{out}-subs", "--to", "srt", "--query", "\udcff"],
+    ],
+)
+def test_command_when_a_name_is_no_text_then_refused(arguments, folder):
+    run = CliRunner().invoke(app, [argument.format(out=folder.root) for argument in arguments])
+
+    assert isinstance(run.exception, SettingsError)
+    assert "is no text" in str(run.exception)
+
+
+def test_search_command_when_more_are_wanted_than_can_be_then_refused(folder):
+    run = CliRunner().invoke(app, ["search", str(folder.root), "car", "--limit", str(10**20)])
+
+    assert run.exit_code == 2
+    assert "less than or equal to 1000000" in " ".join(run.output.split())
+
+
 def test_search_when_the_folder_is_none_of_ours_then_refused(tmp_path):
     with pytest.raises(SettingsError, match="no output folder"), open_result_index(tmp_path):
         pass
