@@ -11,6 +11,7 @@ who read committed ones only.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -98,8 +99,8 @@ class EmbeddedBroker:
         self.host = host
         self._advertise = advertise
         for tries_left in reversed(range(FREE_PORT_TRIES if port == 0 else 1)):
-            self.port = port or _free_port(host)
             try:
+                self.port = _free_port(host, port)
                 self._process, self._log = self._start(binary, start_timeout_s)
                 return
             except RuntimeError:
@@ -175,9 +176,7 @@ class EmbeddedBroker:
 
     def _start(self, binary: str, timeout_s: float) -> tuple[subprocess.Popen[bytes], BinaryIO]:
         if port_answers(self.host, self.port):  # else we would take the other server for our broker
-            raise RuntimeError(
-                f"port {self.port} of {self.host} is taken: another broker runs there, or choose another port"
-            )
+            raise RuntimeError(_taken(self.host, self.port))
         log = tempfile.TemporaryFile(prefix="stormline-broker-")  # noqa: SIM115 (closed by stop)
         url, advertised = f"tcp://{self.bootstrap_servers}", f"tcp://{self._advertise or self.bootstrap_servers}"
         with_parent = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid())]
@@ -224,10 +223,29 @@ def port_answers(host: str, port: int) -> bool:
         return False
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _free_port(host: str, port: int) -> int:
+    """Return the port, or for 0 one that is free, after a look at whether a server could listen there.
+
+    Raises:
+        RuntimeError: If none could.
+    """
+    try:
+        with socket.socket() as probe:
+            if port:  # connections of a server that was there before do not count
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RuntimeError(_taken(host, port)) from error
+        raise RuntimeError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}; expected an address of this machine, such as "
+            "127.0.0.1, and a port that this user may use"
+        ) from error
+
+
+def _taken(host: str, port: int) -> str:
+    return f"port {port} of {host} is taken: another broker runs there, or choose another port"
 
 
 def _environment_without_settings() -> dict[str, str]:

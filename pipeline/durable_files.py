@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 TEMPORARY_PREFIX = "."
@@ -56,13 +57,22 @@ def sync_folders(paths: Iterable[Path]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in one step: after a crash it has its old content or the new one, never half."""
+    """Write a file in one step: after a crash it has its old content or the new one, never half.
+
+    Raises:
+        OSError: If the disk refuses; then nothing is left of the new one.
+    """
     draft = temporary_path(path)
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()
+        raise
     sync_folder(path.parent)
 
 

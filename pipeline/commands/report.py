@@ -21,15 +21,18 @@ def report(
     One HTML file that loads nothing from elsewhere; `stormline archive` writes it at its end. Of more than 240 videos
     the pictures are of an even choice.
     """
-    from ..archive.report import write_report
+    from ..archive.report import REPORT_NAME, write_report
     from ..archive.work_list import WorkList
     from ..result_index import open_result_index
 
     if not WorkList(out).path.exists():
         raise SettingsError(f"{out} is no archive: expected archive/work.jsonl in it, as `stormline archive` writes.")
+    path = to or out / REPORT_NAME
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder; the report is one file: give its name with --to {path / 'NAME.html'}")
     try:
         with open_result_index(out) as index:
-            path = write_report(out, index, to)
+            write_report(out, index, path)
     except OSError as error:
-        raise SettingsError(f"cannot write {error.filename or to or out}: {error.strerror or error}") from error
+        raise SettingsError(f"cannot write {path}: {error}") from error
     typer.echo(f"{path}")

@@ -101,10 +101,7 @@ def parse_since(text: str | None, now: datetime) -> datetime | None:
     try:
         return None if text is None else durations.parse_since(text, now)
     except ValueError as error:
-        raise SettingsError(
-            f"--since {text!r} is no time: expected how long ago (30s, 10m, 2h, 1d) or a time such as "
-            f"2026-01-31T12:00 (UTC) or 2026-01-31T12:00+01:00."
-        ) from error
+        raise SettingsError(f"--since: {error}, or how long ago: 30s, 10m, 2h, 1d") from error
 
 
 def follow_rows(

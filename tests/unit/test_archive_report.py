@@ -118,6 +118,21 @@ def test_report_when_no_archive_then_refused(tmp_path):
     assert "is no archive" in str(run.exception)
 
 
+@pytest.mark.parametrize(("to", "message"), [("", "is a folder; the report is one file"), ("none/r.html", "r.html: ")])
+def test_report_when_it_cannot_be_written_there_then_said_and_nothing_is_left(to, message, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    list_videos(out, "a.mp4")
+    Folder(out, topic="archive").commit()
+
+    run = CliRunner().invoke(app, ["report", str(out), "--to", str(other / to)])
+
+    assert isinstance(run.exception, SettingsError)
+    assert f"{other / to}" in str(run.exception)
+    assert message in str(run.exception)
+    assert sorted(tmp_path.iterdir()) == [other, out]
+
+
 def test_report_when_a_video_has_waited_then_it_is_still_to_do(tmp_path):
     items = list_videos(tmp_path, "a", "b")
 

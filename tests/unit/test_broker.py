@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import sys
 
 import pytest
 
+from stormline.infra import broker as infra_broker
 from stormline.infra.broker import EmbeddedBroker, broker_binary
 from stormline.operators.errors import SettingsError, StormlineError
 from stormline.pipeline.commands.broker import broker, parse_topic
@@ -31,6 +35,27 @@ def test_broker_without_a_binary_for_this_machine_says_what_else_to_run(monkeypa
 
     with pytest.raises(RuntimeError, match="docker compose"):
         broker_binary()
+
+
+@pytest.mark.parametrize("port", [0, 9092])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.EADDRNOTAVAIL, "cannot listen at 192.0.2.1:{port}: .*; expected an address of this machine"),
+        (errno.EACCES, "cannot listen at 192.0.2.1:{port}: Permission denied"),
+        (errno.EADDRINUSE, "port {port} of 192.0.2.1 is taken"),
+    ],
+)
+def test_broker_when_it_cannot_listen_there_then_the_error_says_why(port, code, message, monkeypatch):
+    def refuse(probe, address):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setattr(infra_broker, "broker_binary", lambda: "/nothing/to/run")
+    monkeypatch.setattr(infra_broker, "port_answers", lambda host, port: True)
+
+    with pytest.raises(RuntimeError, match=message.format(port=port)):
+        EmbeddedBroker(host="192.0.2.1", port=port)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("video", ("video", 1)), ("video:4", ("video", 4))])

@@ -222,6 +222,8 @@ def test_results_when_there_are_none_yet_then_it_says_so(tmp_path):
         (lambda p: make_writer(p).root, ("--tokens", "--dead-letters"), "two tables"),
         (lambda p: make_writer(p).root, ("--tokens", "--kind", "alert"), "have no kind"),
         (lambda p: make_writer(p).root, ("--since", "yesterday"), "'yesterday' is no time"),
+        (lambda p: make_writer(p).root, ("--since", "1066-10-14"), "expected a year from 1700 to 2199"),
+        (lambda p: make_writer(p).root, ("--since", "9999999d"), "is before the calendar begins"),
     ],
 )
 def test_results_when_asked_for_the_impossible_then_the_error_says_what_to_give(tmp_path, make, arguments, message):
