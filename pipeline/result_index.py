@@ -196,7 +196,7 @@ class ResultIndex:
 
         Args:
             text: Words, of which a text should have many and rare ones; "words in quotes" stand beside each other,
-                and ``word*`` is how a word begins.
+                and ``word*`` is how a word begins, up to its ending, which the index leaves out.
             wanted: Leaves others out.
             limit: At most so many.
 

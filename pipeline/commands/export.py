@@ -52,7 +52,8 @@ def export(
     Answers to questions have the question before them; what is about a whole video is a note in vtt, and in srt left
     out, unless --query names it.
 
-    [bold]jsonl[/]: a line of JSON for each result, in the order in which they were committed.
+    [bold]jsonl[/]: a line of JSON for each result, by the day on which its window begins, and within a day in the order
+    in which they were committed.
 
     [bold]datasets[/]: a folder for Hugging Face's datasets.load_dataset: results, dead letters, of an archive its
     videos, and with --tokens the tokens.

@@ -31,8 +31,9 @@ def search(
     """Find windows by what was said of them: captions, alerts and answers of all streams, the best first.
 
     Full text, ranked by BM25: words in common, rare ones most, in any form ("turns" finds "turning" and "turned").
-    "Words in quotes" stand beside each other; car* is how a word begins. It sees what the model wrote, not the video:
-    what no caption says is not found. Tokens are not searched, because they share no space with text before the
+    "Words in quotes" stand beside each other; car* is how a word begins, without its ending: words are kept as "turn",
+    so that turn* and tur* find "turning", and turni* does not. It sees what the model wrote, not the video: what no
+    caption says is not found. Tokens are not searched, because they share no space with text before the
     language model reads them; to ask about a video itself there is [bold]stormline ask[/].
 
     The index is in OUT/search; each search takes in what was committed since the last one. Times of an archive's video

@@ -49,6 +49,11 @@ def test_search_when_several_fit_then_the_best_comes_first_in_any_form_of_a_word
     assert found(folder.root, "zebra") == []
 
 
+def test_search_when_a_word_is_cut_short_then_found_as_far_as_its_ending(folder):
+    assert len(found(folder.root, "tur*")) == len(found(folder.root, "turn*")) == 2
+    assert found(folder.root, "turni*") == []
+
+
 def test_search_when_asked_of_some_streams_then_of_no_others(folder):
     assert found(folder.root, "red", stream="ya*") == ["a dog turns around; a red ball rolls"]
     assert found(folder.root, "red", stream="[gate]") == []
