@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from av.error import FFmpegError
 
+from ..models.video_files import orientation
 from .decode_apart import DecodeProcess, ProcessDiedError
 from .errors import MediaError
 from .frame_times import DecodeLimits, FrameTimer, TimedFrames
@@ -35,7 +36,7 @@ from .media import (
     sniff_image,
 )
 from .pictures import PicturePace, make_jpeg
-from .rgb import RgbConverter, orientation
+from .rgb import RgbConverter
 from .rows import (
     Barrier,
     Buffer,

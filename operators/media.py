@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import av
 import av.error
 import av.logging
-from av.sidedata.sidedata import Type
-from av.stream import Disposition
 
+from ..models.video_files import choose_video_stream, is_cover
 from .errors import MediaError
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def open_video_stream(container: InputContainer, *, max_frame_px: int = MAX_FRAM
     Raises:
         MediaError: `no_video`, `no_decoder` or `too_large`.
     """
-    stream = choose_video_stream(container)
+    stream: VideoStream | None = choose_video_stream(container)
     if all(is_cover(s) for s in container.streams.video):
         kinds = ", ".join(sorted({s.type or "unknown" for s in container.streams})) or "none"
         raise MediaError("no_video", f"{container.format.name} without a video stream; its streams: {kinds}")
@@ -158,18 +157,6 @@ def open_video_stream(container: InputContainer, *, max_frame_px: int = MAX_FRAM
         )  # fmt: skip
     limit_decoder(stream.codec_context, max_frame_px)
     return stream
-
-
-def choose_video_stream(container: InputContainer) -> VideoStream | None:
-    """Return a container's largest video stream that can be decoded and is no attached cover; None without one."""
-    videos = [s for s in container.streams.video if not is_cover(s)]
-    decodable = [s for s in videos if s.codec_context is not None]  # without one a stream has no size either
-    return max(decodable, key=lambda s: (s.width or 0) * (s.height or 0), default=None)
-
-
-def is_cover(stream: VideoStream) -> bool:
-    """Whether a video stream is a still picture attached to its container."""
-    return bool(stream.disposition & Disposition.attached_pic)
 
 
 def demuxed(container: InputContainer, *streams: VideoStream) -> Iterator[av.Packet]:
@@ -395,26 +382,6 @@ class ImageReader:
     def failure(self) -> MediaError:
         """Return the error of an image whose frame lies outside the limits."""
         return MediaError("no_frames", "an image without a frame")
-
-
-def side_data_of(frame: VideoFrame) -> Any:
-    """Return what stands beside a frame's pixels.
-
-    PyAV 18 fails on kinds that it has no name for, such as the EXIF data in every phone's pictures, which FFmpeg 8
-    gives. At the first of them PyAV is taught to go on, for good.
-    """
-    try:
-        return frame.side_data  # PyAV's stubs know motion vectors only
-    except ValueError:
-        kinds: Any = Type
-        kinds._missing_ = classmethod(_unnamed_kind)
-        return frame.side_data
-
-
-def _unnamed_kind(kinds: Any, value: int) -> Any:
-    kind = object.__new__(kinds)
-    kind._name_, kind._value_ = f"UNNAMED_{value}", value
-    return kind
 
 
 def decode_image(data: Buffer, codec: str, *, max_frame_px: int = MAX_IMAGE_PX) -> VideoFrame:

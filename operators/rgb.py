@@ -8,8 +8,8 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from ..models.video_files import orientation, set_upright
 from .errors import MediaError
-from .media import side_data_of
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -41,8 +41,8 @@ class RgbConverter:
 
     def convert(self, frame: VideoFrame) -> np.ndarray:
         """Scale, convert, and set upright by the frame's display matrix."""
-        transposed, flip_y, flip_x = orientation(frame)
-        height, width = self.frame_hw[::-1] if transposed else self.frame_hw
+        how = orientation(frame)
+        height, width = self.frame_hw[::-1] if how.transposed else self.frame_hw
         try:
             rgb = self.scale(frame, width, height)
         except FFmpegError:  # colours described in a way that swscale does not know: taken as if nothing were said
@@ -52,25 +52,8 @@ class RgbConverter:
             except FFmpegError as error:
                 where = f"{frame.format.name} frames of {frame.width}x{frame.height}"
                 raise MediaError("no_frames", f"{where} cannot be turned into RGB: FFmpeg says {error}") from error
-        if transposed:
-            rgb = rgb.transpose(1, 0, 2)
-        return rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]  # (H, W, 3)
+        return set_upright(rgb, how)  # (H, W, 3)
 
     def scale(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
         """Return (height, width, 3) uint8, as the frame lies."""
         return self.reformatter.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1).to_ndarray()
-
-
-def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Return how to set a frame upright: whether to transpose it, then to flip its rows, then its columns.
-
-    The display matrix holds (a b u; c d v; x y w) and puts a frame's (p, q) at (a p + c q, b p + d q); see
-    libavutil/display.h. Angles between are taken to the nearest quarter turn.
-    """
-    matrix = next((s for s in side_data_of(frame) if s.type.name == "DISPLAYMATRIX"), None)
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(matrix), np.int32)[:5])
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0

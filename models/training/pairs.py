@@ -5,7 +5,7 @@
     .parquet   the same as columns; needs pyarrow
 
 `video` is relative to the file that names it. Without `prompt` the text is a caption; without `start_s` and `stop_s`
-it is about the whole video. Videos are decoded by transformers' `load_video`, which needs PyAV.
+it is about the whole video. See `real_video` for the frames.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from .questions import CAPTION_PROMPT, Question
+from .real_video import read_stretch
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 HELD_OUT_EVERY = 10  # of the videos, one in so many is not trained on, where there are as many
 _KEYS = {"video", "answer", "prompt", "start_s", "stop_s"}
-_CLIPS_KEPT = 512  # decoded, 0.2 MB each at 16 frames of 64 px
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,11 @@ class PairClip:
         Raises:
             ValueError: If the video cannot be decoded, or does not say how long it is.
         """
-        return _decode(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[0]
+        return read_stretch(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[0]
 
     def length_s(self) -> float:
         """Return how much time the frames stand for. Raises as `render` does."""
-        return _decode(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[1]
+        return read_stretch(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[1]
 
 
 def read_pairs(source: str | Path) -> list[VideoTexts]:
@@ -127,33 +124,3 @@ def _grouped(records: Iterable[tuple[str, Path, Mapping[str, Any]]]) -> list[Vid
         question = Question(kind, prompt, str(record["answer"]), None)
         groups.setdefault((video, start_s, None if stop_s is None else float(stop_s)), []).append(question)
     return [VideoTexts(video, start, stop, tuple(asked)) for (video, start, stop), asked in groups.items()]
-
-
-@lru_cache(maxsize=_CLIPS_KEPT)
-def _decode(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> tuple[np.ndarray, float]:
-    from transformers.video_utils import load_video
-
-    indices, length_s = np.zeros(0, int), 0.0
-
-    def choose(metadata: Any, **_: Any) -> np.ndarray:
-        nonlocal indices, length_s
-        total, fps = metadata.total_num_frames, metadata.fps
-        if not total or not fps:
-            raise ValueError(f"{video} does not say how many frames it has; remux it, as to MP4")
-        stop = total / fps if stop_s is None else min(stop_s, total / fps)
-        if start_s >= stop:
-            raise ValueError(f"{video} is {total / fps:.1f} s long; expected more than {start_s} s")
-        length_s = stop - start_s
-        times = start_s + (np.arange(n_frames) + 0.5) * length_s / n_frames
-        indices = np.minimum((times * fps).astype(int), total - 1)
-        return np.unique(indices)  # `load_video` gives each frame once
-
-    try:
-        path: Any = str(video)
-        frames, _ = load_video(path, backend="pyav", sample_indices_fn=choose)
-    except OSError as error:
-        raise ValueError(f"{video} cannot be decoded: {error}") from error
-    places = np.searchsorted(np.unique(indices), indices)
-    pixels = torch.from_numpy(np.asarray(frames)[np.minimum(places, len(frames) - 1)])
-    pixels = F.interpolate(pixels.permute(0, 3, 1, 2).float(), size=(size_px, size_px), mode="bilinear", antialias=True)
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy(), length_s

@@ -11,15 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from small_media import make_video
 from small_sources import TINY_SIZES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stormline.models.loading import load_model
 from stormline.models.training.pairs import read_pairs, split_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
+from stormline.models.training.real_video import read_stretch
 from stormline.models.training.recipe import load_recipe, recipe_from_dict
 from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, learning_rate_at
+from stormline.operators.rgb import RgbConverter
 
 STAGES = [
     {"name": "see", "task": "places", "train": ["vision_tower"], "steps": 3, "batch": 2, "clip_frames": 2},
@@ -250,6 +253,20 @@ def test_pairs_when_decoded_then_frames_of_the_stretch(pairs_folder):
     assert frames.shape == (4, 32, 32, 3)
     # Frame i of the file has the shade 20 + 2 i; the stretch holds frames 10 to 19.
     assert frames.mean(axis=(1, 2, 3)) == pytest.approx([42, 46, 52, 56], abs=5)
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_pairs_when_a_video_is_rotated_then_frames_lie_as_in_a_lane(tmp_path, rotation):
+    video = tmp_path / "phone.mp4"
+    video.write_bytes(make_video("mp4", n_frames=4, rotation=rotation))
+    with av.open(video) as container:
+        lane = RgbConverter((32, 32))(next(container.decode(video=0)))
+
+    frames, _ = read_stretch(video, 0.0, None, 4, 32)
+
+    assert np.abs(frames[0].astype(int) - lane).mean() < 4  # they scale in other ways
+    turned = [np.abs(np.rot90(frames[0], k).astype(int) - lane).mean() for k in (1, 2, 3)]
+    assert min(turned) > 20
 
 
 def test_pairs_when_a_video_comes_or_changes_then_what_was_kept_of_others_is_not_taken_for_it(pairs_folder):
