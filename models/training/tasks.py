@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import reduce
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..compress import spatial_pool, temporal_pool
 from ..processing import StormProcessor
 from ..selection import VideoChunk, select_chunks
 from ..storm import StormForConditionalGeneration
@@ -94,10 +94,12 @@ class Task:
         return self._mix(features)
 
     def _mix(self, features: Tensor) -> Tensor:
-        """Return what the temporal encoder makes of features, both (B, T, rows, cols, d)."""
+        """Return what the temporal encoder makes of features, (B, T, rows, cols, d) on the grid that it sees."""
         model = self.model
         with _autocast(model.device):
             x = model._project(features.float())
+            if model.config.pool_before_temporal:
+                x = spatial_pool(x, model.config.spatial_pool)
             x, _ = model.temporal_encoder(x, chunk_frames=_grid_of_chunks(model))
         return x
 
@@ -256,9 +258,7 @@ class TextTask(Task):
         if set(self.stage.train) == {"language_model"} or held_out:
             tokens = encode_clips(self.model, self.processor, [self.clip(w.index, held_out) for w in windows])
         else:
-            tokens = _pool(
-                self._encode_for_training(windows), self.model.config.temporal_pool, self.model.config.spatial_pool
-            )
+            tokens = self._pool(self._encode_for_training(windows))
             tokens = tokens.unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
         return [tokens[i, w.first : w.first + n_chunks] for i, w in enumerate(windows)]
 
@@ -269,6 +269,14 @@ class TextTask(Task):
             return self._encode([self.clip(index) for index in indices])
         with _autocast(self.model.device):
             return self._mix(self._cache.features(indices, self.stage.clip_frames))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Average what the temporal encoder gives as the model does: (B, T, rows, cols, d) → (B, n_tokens, d)."""
+        config = self.model.config
+        x = temporal_pool(x, config.temporal_pool)
+        if not config.pool_before_temporal:
+            x = spatial_pool(x, config.spatial_pool)
+        return x.flatten(1, 3)
 
     def _predict(self, batch: TextBatch, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits at the places where something is to be predicted, and what is."""
@@ -358,11 +366,6 @@ def _autocast(device: torch.device, on_cpu: bool = False) -> torch.autocast:
 def _grid_of_chunks(model: StormForConditionalGeneration) -> int | None:
     """Return the grid that the scan must follow: none without a backward scan, and one pass is then faster."""
     return model.config.chunk_frames if model.config.temporal_config.bidirectional else None
-
-
-def _pool(x: Tensor, over_frames: int, over_places: int) -> Tensor:
-    """Average as the model does on whole chunks: (B, T, rows, cols, d) → (B, n_tokens, d)."""
-    return reduce(x, "b (t k) (r i) (c j) d -> b (t r c) d", "mean", k=over_frames, i=over_places, j=over_places)
 
 
 def _choose(starts_s: Sequence[float], tokens: Tensor, budget: int, policy: str) -> tuple[list[float], list[Tensor]]:

@@ -135,6 +135,27 @@ def test_text_loss_when_attention_is_plain_then_gradients_are_those_of_torchs_ow
     assert F.cosine_similarity(gradients["plain"], gradients["own"], dim=0) > 0.999  # in bfloat16
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_tasks_when_squares_of_places_are_cut_off_by_the_edge_then_pooled_as_the_model_does(tmp_path, before):
+    sizes = TINY_SIZES | {"downsample": 1, "spatial_pool": 3}  # of 4 places a side
+    motions, text = STAGES[1] | {"batch": 1}, STAGES[1] | {"name": "text", "task": "text", "window_chunks": [2]}
+    made = recipe_from_dict({"name": "tiny", "seed": 1, "model": sizes, "stages": [motions, text]})
+    trainer = Trainer(made, tmp_path, device="cpu")
+    trainer.model.config.pool_before_temporal = before
+    of_places, of_text = (
+        build_task(stage, i, made, trainer.model.eval(), trainer.processor) for i, stage in enumerate(made.stages)
+    )
+    clip = of_text.clip(0)
+
+    with torch.no_grad():
+        trained_on = of_text._pool(of_text._encode([clip]))
+        answered_from = trainer.model.encode_video(of_text._pixels([clip]))
+    loss, _ = of_places.loss(0)
+
+    torch.testing.assert_close(trained_on, answered_from)
+    assert torch.isfinite(loss)  # places and labels are on one grid
+
+
 def test_trainer_when_stage_trains_one_part_then_others_stay(trained, tmp_path):
     Trainer(recipe(STAGES[:1]), tmp_path, device="cpu").run()
     first, last = weights(tmp_path / "model"), weights(trained[0] / "model")
