@@ -293,10 +293,15 @@ class Trainer:
         if found is None:
             return
         tensors, values = found
-        self._check_recipe(values["recipe"], values["stage"] + (values["step"] > 0))
+        n_begun = values["stage"] + (values["step"] > 0)
+        self._check_recipe(values["recipe"], n_begun)
+        parts = {part for stage in self.recipe.stages[:n_begun] for part in stage.train}
+        begun = {name for part in parts for name in self._trained_of(part)}
         with torch.no_grad():
             for name, parameter in self._kept_parameters().items():
-                parameter.copy_(tensors[f"model/{name}"])
+                # What only stages not yet begun train may be new among these: it is as it was at the start.
+                if name in begun or f"model/{name}" in tensors:
+                    parameter.copy_(tensors[f"model/{name}"])
         self._stage_index, self._step = values["stage"], values["step"]
         self._seconds |= {k: v for k, v in values["seconds"].items() if k in self._seconds}
         self._meter = _Meter(**values["meter"])

@@ -92,6 +92,19 @@ def test_trainer_when_stopped_then_the_same_model_and_only_what_trains_is_kept(s
     assert kept < 1.5 * 3 * sum(p.nbytes for p in trained) + 50_000  # weights and two moments
 
 
+def test_trainer_when_a_later_stage_trains_another_part_then_goes_on(start, tmp_path):
+    def two_stages(later):
+        tune = {**ALIGN, "name": "tune", "steps": 1, "train": later}
+        return recipe_from_dict({"name": "t", "start_from": str(start), "stages": [ALIGN | {"steps": 2}, tune]})
+
+    stopped, _ = run(two_stages(ALIGN["train"]), tmp_path / "pieces", should_stop=lambda: True)
+    pieces, _ = run(two_stages(["language_model"]), tmp_path / "pieces")
+    whole, _ = run(two_stages(["language_model"]), tmp_path / "whole")
+
+    assert stopped is None
+    assert hashes(load_model(pieces, device="cpu").model) == hashes(load_model(whole, device="cpu").model)
+
+
 def test_trainer_when_it_adapts_the_language_model_with_lora_then_the_result_is_an_ordinary_model(start, tmp_path):
     recipe = make_recipe(start, train=["language_model"], steps=12)
     lora = replace(recipe, lora=Lora(rank=4, alpha=8, dropout=0.1))
