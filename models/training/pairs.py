@@ -67,12 +67,12 @@ def read_pairs(source: str | Path) -> list[VideoTexts]:
     path = Path(source)
     if path.is_dir():
         records = [
-            (f"{text}", video.parent, {"video": video.name, "answer": text.read_text(encoding="utf-8").strip()})
+            (f"{text}", video.parent, {"video": video.name, "answer": _text_of(text).strip()})
             for video in sorted(path.rglob("*"))
             if video.suffix.lower() in VIDEO_SUFFIXES and (text := video.with_suffix(".txt")).is_file()
         ]
     elif path.suffix == ".jsonl" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _text_of(path).splitlines()
         records = [(f"{path}:{i}", path.parent, _parse(f"{path}:{i}", x)) for i, x in enumerate(lines, 1) if x.strip()]
     elif path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet as pq
@@ -94,6 +94,14 @@ def split_pairs(pairs: list[VideoTexts], held_out: bool) -> list[VideoTexts]:
     if len(videos) < HELD_OUT_EVERY:
         return pairs
     return [p for p in pairs if (videos[p.video] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
+
+
+def _text_of(path: Path) -> str:
+    """Return what a text file says, without the mark that Windows' editors begin it with."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _parse(where: str, line: str) -> dict[str, Any]:

@@ -261,6 +261,21 @@ def test_pairs_when_lines_and_parquet_then_the_same(pairs_folder):
     assert [len(p.questions) for p in lines] == [2, 1]
 
 
+def test_pairs_when_text_begins_with_a_byte_order_mark_then_it_is_not_learnt(pairs_folder):
+    (pairs_folder / "dark.txt").write_bytes("it is dark".encode("utf-8-sig"))
+    (pairs_folder / "one.jsonl").write_bytes(b'\xef\xbb\xbf{"video": "dark.mp4", "answer": "dark"}')
+
+    assert read_pairs(pairs_folder)[1].questions[0].answer == "it is dark"
+    assert read_pairs(pairs_folder / "one.jsonl")[0].questions[0].answer == "dark"
+
+
+def test_pairs_when_text_is_not_utf8_then_says_which(pairs_folder):
+    (pairs_folder / "dark.txt").write_bytes("über".encode("latin-1"))
+
+    with pytest.raises(ValueError, match=r"dark\.txt is not UTF-8"):
+        read_pairs(pairs_folder)
+
+
 def test_pairs_when_decoded_then_frames_of_the_stretch(pairs_folder):
     stage = {"name": "r", "task": "text", "train": ["language_model"], "steps": 1, "clip_frames": 4}
     lines = [{"video": "dark.mp4", "answer": "dark", "start_s": 1.0, "stop_s": 2.0}]
