@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .questions import CAPTION_PROMPT, Question
-from .real_video import read_stretch
+from .real_video import read_stretch, stretch_s
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 HELD_OUT_EVERY = 10  # of the videos, one in so many is not trained on, where there are as many
@@ -48,13 +48,13 @@ class PairClip:
         """Decode the frames: (n_frames, size, size, 3) uint8 RGB.
 
         Raises:
-            ValueError: If the video cannot be decoded, or does not say how long it is.
+            ValueError: If the video cannot be decoded.
         """
-        return read_stretch(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[0]
+        return read_stretch(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)
 
     def length_s(self) -> float:
-        """Return how much time the frames stand for. Raises as `render` does."""
-        return read_stretch(self.texts.video, self.texts.start_s, self.texts.stop_s, self.n_frames, self.size_px)[1]
+        """Return how much time the frames stand for; decodes nothing. Raises as `real_video.stretch_s`."""
+        return stretch_s(self.texts.video, self.texts.start_s, self.texts.stop_s)
 
 
 def read_pairs(source: str | Path) -> list[VideoTexts]:
@@ -86,6 +86,16 @@ def read_pairs(source: str | Path) -> list[VideoTexts]:
             f"{path} holds no pair; expected videos ({' '.join(VIDEO_SUFFIXES)}) each with a .txt beside it, or lines"
         )
     return _grouped(records)
+
+
+def check_videos(pairs: Iterable[VideoTexts]) -> None:
+    """Look at the head of every video, so that one that cannot be trained on is told before the training begins.
+
+    Raises:
+        ValueError: If one cannot be opened, has no video or no frames, or ends before what is told of it.
+    """
+    for pair in pairs:
+        stretch_s(pair.video, pair.start_s, pair.stop_s)
 
 
 def split_pairs(pairs: list[VideoTexts], held_out: bool) -> list[VideoTexts]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,46 +16,111 @@ import torch.nn.functional as F
 from ..video_files import choose_video_stream, orientation, set_upright
 
 _CLIPS_KEPT = 512  # decoded, 0.2 MB each at 16 frames of 64 px
+_FALLBACK_FPS = 25.0  # FFmpeg's own assumption where nothing tells
+
+
+@dataclass(frozen=True)
+class VideoLength:
+    """How long a video is."""
+
+    n_frames: int
+    fps: float
+
+    @property
+    def seconds(self) -> float:
+        """Return the time that its frames stand for."""
+        return self.n_frames / self.fps
+
+
+@lru_cache(maxsize=1 << 16)
+def length_of(video: Path) -> VideoLength:
+    """Return how long a video is, as its head says, or else by its packets; nothing is decoded.
+
+    Raises:
+        ValueError: If it cannot be opened, or has no video or no frames.
+    """
+    with _opened(video) as (container, stream):
+        n_frames, fps = stream.frames, float(stream.average_rate or 0)
+        if not n_frames and fps and container.duration:  # Matroska and WebM do not count their frames
+            n_frames = round(container.duration / 1_000_000 * fps)
+        if not (n_frames and fps):
+            n_frames, fps = _count_packets(container, stream)
+        if not n_frames:
+            raise ValueError("it has no frames")
+    return VideoLength(n_frames, fps)
+
+
+def stretch_s(video: Path, start_s: float, stop_s: float | None) -> float:
+    """Return how long a stretch of a video is, in seconds.
+
+    Args:
+        video: The file.
+        start_s: From its first frame on.
+        stop_s: Likewise, at most the video's end; None: its end.
+
+    Raises:
+        ValueError: As `length_of`, or if the video ends before the stretch begins.
+    """
+    whole_s = length_of(video).seconds
+    stop_s = whole_s if stop_s is None else min(stop_s, whole_s)
+    if start_s >= stop_s:
+        raise ValueError(f"{video} is {whole_s:.1f} s long; expected more than {start_s} s, where its text begins")
+    return stop_s - start_s
 
 
 @lru_cache(maxsize=_CLIPS_KEPT)
-def read_stretch(
-    video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int
-) -> tuple[np.ndarray, float]:
-    """Return a stretch's frames, (n_frames, size, size, 3) uint8 RGB, and how long it is in seconds.
+def read_stretch(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> np.ndarray:
+    """Return `n_frames` evenly spaced frames of a stretch: (n_frames, size, size, 3) uint8 RGB.
 
     Raises:
-        ValueError: If the video cannot be decoded, or does not say how long it is.
+        ValueError: As `stretch_s`, or if the frames cannot be decoded.
     """
+    length, seconds = length_of(video), stretch_s(video, start_s, stop_s)
+    times_s = start_s + (np.arange(n_frames) + 0.5) * seconds / n_frames
+    indices = np.minimum((times_s * length.fps).astype(int), length.n_frames - 1).tolist()
+    with _opened(video) as (container, stream):
+        pictures = _pictures_at(set(indices), container.decode(stream), size_px)
+        if not pictures:
+            raise ValueError(f"it gives no frame from {times_s[0]:.1f} s on")
+    last = max(pictures)  # where it has fewer frames than its head says
+    return np.stack([pictures.get(i, pictures[last]) for i in indices])
+
+
+@contextmanager
+def _opened(video: Path) -> Iterator[tuple[Any, Any]]:
+    """Give a video's container and stream; whatever goes wrong within is told with the file's name."""
     import av
+    from av.error import FFmpegError
 
     try:
         with av.open(f"file:{video}", metadata_errors="replace") as container:
             stream = choose_video_stream(container)
-            total, fps = stream.frames, float(stream.average_rate or 0)
-            if not total or not fps:
-                raise ValueError(f"{video} does not say how many frames it has; remux it, as to MP4")
-            stop = total / fps if stop_s is None else min(stop_s, total / fps)
-            if start_s >= stop:
-                raise ValueError(f"{video} is {total / fps:.1f} s long; expected more than {start_s} s")
-            length_s = stop - start_s
-            times = start_s + (np.arange(n_frames) + 0.5) * length_s / n_frames
-            indices = np.minimum((times * fps).astype(int), total - 1)
-            return _frames_at(indices.tolist(), container.decode(stream), size_px), length_s
-    except OSError as error:
-        raise ValueError(f"{video} cannot be decoded: {error}") from error
+            if stream is None:
+                kinds = ", ".join(sorted({s.type or "unknown" for s in container.streams})) or "none"
+                raise ValueError(f"it has no video that can be decoded; its streams: {kinds}")
+            yield container, stream
+    except (FFmpegError, OSError, ValueError, IndexError) as error:  # PyAV raises all of them about bad files
+        raise ValueError(f"{video} cannot be trained on: {error}") from error
 
 
-def _frames_at(indices: list[int], frames: Iterable[Any], size_px: int) -> np.ndarray:
-    """Return the frames of rising numbers; where they end before, the last one that was wanted again."""
+def _count_packets(container: Any, stream: Any) -> tuple[int, float]:
+    """Return how many frames a stream has, and how many a second."""
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    ticks = [packet.pts for packet in packets if packet.pts is not None]
+    span_s = float((max(ticks) - min(ticks)) * stream.time_base) if ticks else 0.0
+    rate = stream.average_rate or stream.guessed_rate or _FALLBACK_FPS
+    return len(packets), (len(packets) - 1) / span_s if span_s else float(rate)
+
+
+def _pictures_at(indices: set[int], frames: Iterable[Any], size_px: int) -> dict[int, np.ndarray]:
+    """Return those of these frames that there are, by their number."""
     pictures: dict[int, np.ndarray] = {}
     for i, frame in enumerate(frames):
         if i in indices:
             pictures[i] = _picture(frame, size_px)
-        if i >= indices[-1]:
+        if len(pictures) == len(indices):
             break
-    last = max(pictures)
-    return np.stack([pictures.get(i, pictures[last]) for i in indices])
+    return pictures
 
 
 def _picture(frame: Any, size_px: int) -> np.ndarray:

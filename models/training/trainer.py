@@ -27,6 +27,7 @@ from ..storm import StormForConditionalGeneration
 from .lora import PART as ADAPTED
 from .lora import Adapters
 from .new_model import build_model
+from .pairs import check_videos, read_pairs
 from .ranks import Ranks
 from .recipe import PARTS, Recipe, Stage, recipe_from_dict
 from .tasks import Task, build_task
@@ -107,8 +108,9 @@ class Trainer:
                 model again, another number nearly the same.
 
         Raises:
-            ValueError: If a stage's batch cannot be shared, or the folder holds the training of another recipe. Stages
-                not yet begun may have changed.
+            FileNotFoundError: If the data of a stage that is left, or a video that they name, is not there.
+            ValueError: If a stage's batch cannot be shared, the data of a stage that is left cannot be trained on, or
+                the folder holds the training of another recipe. Stages not yet begun may have changed.
         """
         self.recipe, self.folder = recipe, Path(folder)
         self._clock, self._save_every_s = clock, save_every_s
@@ -124,6 +126,9 @@ class Trainer:
         self._seconds = {stage.name: 0.0 for stage in recipe.stages}
         self._restored: dict[str, Tensor] = {}
         self._restore()
+        for stage in recipe.stages[self._stage_index :]:
+            if stage.data is not None:
+                check_videos(read_pairs(stage.data))
 
     @property
     def finished(self) -> bool:

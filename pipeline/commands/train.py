@@ -57,20 +57,18 @@ def train(
     torch.set_num_threads(threads)
     keep_freed_memory()
     transformers_logging.disable_progress_bar()
+    stop = threading.Event()
     try:
         chosen = load_recipe(recipe)
         chosen = chosen if scale == 1.0 else chosen.scaled(scale)
         place = str(choose_device(device))
-        out.mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
         ranks = Ranks.join(place)
         trainer = Trainer(chosen, out, device=place, ranks=ranks)
+        with on_stop_signal(stop.set, typer.echo):
+            folder = trainer.run(_show if ranks.first else None, stop.is_set)
     except (ValueError, FileNotFoundError) as error:
         raise SettingsError(str(error)) from error
-    except OSError as error:
-        raise SettingsError(f"cannot write to {out}: {error.strerror or error}; expected a folder for --out") from error
-    stop = threading.Event()
-    with on_stop_signal(stop.set, typer.echo):
-        folder = trainer.run(_show if ranks.first else None, stop.is_set)
     ranks.leave()
     if not ranks.first:
         return
@@ -78,6 +76,13 @@ def train(
         typer.echo(f"stopped; the same command goes on from {out}")
         raise typer.Exit(EXIT_INTERRUPTED)
     typer.echo(f"model in {folder}; measure it with: stormline eval {folder}")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write to {out}: {error.strerror or error}; expected a folder for --out") from error
 
 
 def _show(progress: TrainProgress) -> None:

@@ -1,5 +1,6 @@
 """The trainer: the same model whether it was killed or not, on the world of shapes and on real video with text."""
 
+import io
 import itertools
 import json
 import shutil
@@ -11,18 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small_media import make_video
+from small_media import RATE, make_video
 from small_sources import TINY_SIZES
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typer.testing import CliRunner
 
 from stormline.models.loading import load_model
 from stormline.models.training.pairs import read_pairs, split_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
-from stormline.models.training.real_video import read_stretch
+from stormline.models.training.real_video import length_of, read_stretch, stretch_s
 from stormline.models.training.recipe import load_recipe, recipe_from_dict
 from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, learning_rate_at
+from stormline.operators.errors import SettingsError
 from stormline.operators.rgb import RgbConverter
+from stormline.pipeline.cli import app
 
 STAGES = [
     {"name": "see", "task": "places", "train": ["vision_tower"], "steps": 3, "batch": 2, "clip_frames": 2},
@@ -298,11 +302,76 @@ def test_pairs_when_a_video_is_rotated_then_frames_lie_as_in_a_lane(tmp_path, ro
     with av.open(video) as container:
         lane = RgbConverter((32, 32))(next(container.decode(video=0)))
 
-    frames, _ = read_stretch(video, 0.0, None, 4, 32)
+    frames = read_stretch(video, 0.0, None, 4, 32)
 
     assert np.abs(frames[0].astype(int) - lane).mean() < 4  # they scale in other ways
     turned = [np.abs(np.rot90(frames[0], k).astype(int) - lane).mean() for k in (1, 2, 3)]
     assert min(turned) > 20
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"), ("h264", "libx264")]
+)
+def test_pairs_when_a_container_does_not_count_frames_then_it_is_read_all_the_same(tmp_path, container, codec):
+    video = tmp_path / "video"
+    video.write_bytes(make_video(container, codec, n_frames=20))
+
+    frames = read_stretch(video, 0.0, None, 4, 32)
+
+    assert length_of(video).n_frames == pytest.approx(20, abs=1)
+    assert stretch_s(video, 0.5, None) == pytest.approx(20 / RATE - 0.5, abs=0.1)
+    with av.open(io.BytesIO(make_video("mp4", n_frames=20))) as decoded:
+        to_rgb, shown = RgbConverter((32, 32)), list(decoded.decode(video=0))
+    for frame, i in zip(frames, (2, 7, 12, 17), strict=True):
+        distances = [np.abs(frame.astype(int) - to_rgb(other)).mean() for other in shown]
+        assert abs(int(np.argmin(distances)) - i) <= 1
+
+
+def make_audio(path):
+    with av.open(path, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.rate, sound.pts = 16000, 0
+        container.mux([*stream.encode(sound), *stream.encode(None)])
+
+
+@pytest.mark.parametrize(
+    ("make", "start_s", "message"),
+    [
+        (lambda path: path.write_bytes(b"nonsense" * 100), 0, "cannot be trained on"),
+        (make_audio, 0, "no video that can be decoded; its streams: audio"),
+        (lambda path: write_video(path, 30, 20), 7, r"is 3\.0 s long; expected more than 7\.0 s"),
+    ],
+)
+def test_trainer_when_a_later_stages_video_cannot_be_trained_on_then_says_which_at_once(
+    tmp_path, make, start_s, message
+):
+    make(tmp_path / "bad.mp4")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"video": "bad.mp4", "answer": "x", "start_s": start_s}))
+    real = {"name": "real", "task": "text", "train": ["language_model"], "steps": 1, "clip_frames": 4}
+
+    with pytest.raises(ValueError, match=rf"bad\.mp4 .*{message}"):
+        Trainer(recipe([STAGES[0], real | {"data": str(tmp_path / "pairs.jsonl")}]), tmp_path / "out", device="cpu")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Trainer(recipe([STAGES[0], real | {"data": str(tmp_path / "nowhere")}]), tmp_path / "out", device="cpu")
+
+
+def test_train_command_when_frames_cannot_be_decoded_then_the_error_names_the_file(tmp_path):
+    whole = make_video("mp4", n_frames=20)
+    at = whole.index(b"mdat") + 4
+    size = int.from_bytes(whole[at - 8 : at - 4], "big") - 8
+    (tmp_path / "bad.mp4").write_bytes(whole[:at] + bytes(size) + whole[at + size :])
+    (tmp_path / "bad.txt").write_text("a broken film")
+    real = {"name": "real", "task": "text", "train": ["language_model"], "steps": 1, "batch": 1, "clip_frames": 4}
+    made = {"name": "tiny", "model": TINY_SIZES, "stages": [real | {"data": str(tmp_path)}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    threads = str(torch.get_num_threads())
+
+    command = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    result = CliRunner().invoke(app, [*command, "--threads", threads])
+
+    assert isinstance(result.exception, SettingsError)
+    assert "bad.mp4 cannot be trained on" in str(result.exception)
 
 
 def test_pairs_when_a_video_comes_or_changes_then_what_was_kept_of_others_is_not_taken_for_it(pairs_folder):
