@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from ..video_files import choose_video_stream, orientation, set_upright
 
-_CLIPS_KEPT = 512  # decoded, 0.2 MB each at 16 frames of 64 px
+KEPT_BYTES = 512 << 20  # of decoded clips: 2,700 of 16 frames of 64 px, or 55 of 448 px
 _FALLBACK_FPS = 25.0  # FFmpeg's own assumption where nothing tells
 
 
@@ -68,13 +69,47 @@ def stretch_s(video: Path, start_s: float, stop_s: float | None) -> float:
     return stop_s - start_s
 
 
-@lru_cache(maxsize=_CLIPS_KEPT)
 def read_stretch(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> np.ndarray:
     """Return `n_frames` evenly spaced frames of a stretch: (n_frames, size, size, 3) uint8 RGB.
+
+    Those read last are kept in memory, `KEPT_BYTES` of them.
 
     Raises:
         ValueError: As `stretch_s`, or if the frames cannot be decoded.
     """
+    key = (video, start_s, stop_s, n_frames, size_px)
+    frames = _kept.get(key)
+    if frames is None:
+        frames = _decode(*key)
+        _kept.put(key, frames)
+    return frames
+
+
+class LastUsed:
+    """Arrays by key, as many as fit into `max_bytes`; those used last stay."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.n_bytes = max_bytes, 0
+        self._arrays: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+
+    def get(self, key: Hashable) -> np.ndarray | None:
+        """Return an array that is still there."""
+        if key in self._arrays:
+            self._arrays.move_to_end(key)
+        return self._arrays.get(key)
+
+    def put(self, key: Hashable, array: np.ndarray) -> None:
+        """Keep an array under a new key, and forget those not used for longest."""
+        self._arrays[key] = array
+        self.n_bytes += array.nbytes
+        while self.n_bytes > self.max_bytes:
+            self.n_bytes -= self._arrays.popitem(last=False)[1].nbytes
+
+
+_kept = LastUsed(KEPT_BYTES)
+
+
+def _decode(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> np.ndarray:
     length, seconds = length_of(video), stretch_s(video, start_s, stop_s)
     times_s = start_s + (np.arange(n_frames) + 0.5) * seconds / n_frames
     indices = np.minimum((times_s * length.fps).astype(int), length.n_frames - 1).tolist()

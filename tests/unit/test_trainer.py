@@ -18,9 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from stormline.models.loading import load_model
+from stormline.models.training import real_video
 from stormline.models.training.pairs import read_pairs, split_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
-from stormline.models.training.real_video import length_of, read_stretch, stretch_s
+from stormline.models.training.real_video import LastUsed, length_of, read_stretch, stretch_s
 from stormline.models.training.recipe import load_recipe, recipe_from_dict
 from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, learning_rate_at
@@ -392,6 +393,34 @@ def test_pairs_when_a_video_comes_or_changes_then_what_was_kept_of_others_is_not
 
     assert first == again
     assert kept() != first
+
+
+def test_pairs_when_their_tokens_are_kept_then_steps_decode_nothing(pairs_folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(real_video, "_kept", LastUsed(0))
+    decode = real_video._decode
+    monkeypatch.setattr(real_video, "_decode", lambda *clip: decoded.append(clip) or decode(*clip))
+    stage = {"name": "r", "task": "text", "train": ["language_model"], "steps": 1, "batch": 2, "clip_frames": 4}
+    made = recipe([stage | {"data": str(pairs_folder), "cached_streams": 2}])
+    trainer = Trainer(made, pairs_folder / "out", device="cpu")
+    task = build_task(made.stages[0], 0, made, trainer.model, trainer.processor)
+
+    task.prepare(pairs_folder / "kept", lambda n: None)
+    n_before = len(decoded)
+    for step in range(3):
+        task.draw(step)
+
+    assert (n_before, len(decoded)) == (2, 2)
+
+
+def test_decoded_clips_when_more_than_fit_then_those_used_last_stay():
+    kept = LastUsed(100)
+    for name in "abc":
+        kept.put(name, np.zeros(40, np.uint8))
+        kept.get("a")
+
+    assert [name for name in "abc" if kept.get(name) is not None] == ["a", "c"]
+    assert kept.n_bytes == 80
 
 
 def test_trainer_when_pairs_then_it_learns_them(pairs_folder):
