@@ -9,20 +9,38 @@ from typing import Any
 
 from .evaluate import Evaluation, markdown_table
 from .questions import KINDS, NEEDLE_KINDS, ORDERED_KINDS
+from .recipe import RECIPE_FOLDER, load_recipe, recipe_from_dict
 
 CARD, PLOT, EVALUATION = "README.md", "accuracy.png", "evaluation.json"
+TRAINING, LOG = "training.json", "training_log.jsonl"  # what `Trainer` left
+
+
+def check_card(folder: str | Path) -> None:
+    """Say before a long evaluation that `write_card` could not write.
+
+    Raises:
+        FileNotFoundError: If the folder is not one that `Trainer` made.
+        ImportError: If matplotlib is missing.
+    """
+    if missing := [name for name in (TRAINING, LOG) if not (Path(folder) / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}; expected the folder of a model that `stormline train` made: "
+            "a card tells how it was trained. Measure other models without a card"
+        )
+    _figure_class()
 
 
 def write_card(folder: str | Path, evaluation: Evaluation) -> Path:
     """Write the card, the evaluation's numbers and a plot beside a model that `Trainer` made.
 
     Raises:
-        FileNotFoundError: If the folder has no training.json and training_log.jsonl.
+        FileNotFoundError: If the folder is not one that `Trainer` made.
         ImportError: If matplotlib is missing.
     """
+    check_card(folder)
     folder = Path(folder)
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
     (folder / EVALUATION).write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
     plot_accuracy(evaluation, folder / PLOT)
     path = folder / CARD
@@ -45,28 +63,25 @@ def card_text(training: Mapping[str, Any], log: Sequence[Mapping[str, Any]], eva
         )
     places = sorted({f"{line['device']}, {line['threads']} threads" for line in log})
     one_pass = evaluation.one_pass
+    real = _real_video_of(recipe)
     return "\n".join(
         [
             f"# {recipe['name']}",
             "",
-            "A small video language model on STORM's plan (vision tower, linear projector, recurrent Mamba-2",
-            "temporal encoder, pooling over 4 frames, decoder), trained from nothing on a generated world of coloured",
-            "shapes. It knows that world and nothing else: of real video it will say something about shapes.",
+            *_what_it_is(recipe),
             "",
             "## Training",
             "",
-            f"Reproduce it with `stormline train {recipe['name']} --out FOLDER`, seed {recipe['seed']}; it took",
+            f"{_how_to_reproduce(recipe)}, seed {recipe['seed']}; it took",
             f"{minutes:.0f} minutes on {' and '.join(places)}, torch {training['torch']}.",
             "",
             *stages,
             "",
-            "The data are clips of `models/training/shapes.py` at 2 frames a second, drawn as they are needed. A clip",
-            "is a function of its number; training uses seeds below 2^40, evaluation those from there on. Some of the",
-            "clips are played backwards; a question that needs the order of events has the other answer then.",
-            "Everything that decides the training is in `training.json`.",
+            *_what_it_saw(recipe),
             "",
             "## Evaluation",
             "",
+            *(["The generated world of coloured shapes, whatever else the model was trained on."] if real else []),
             "Held-out clips, streamed chunk by chunk with the state carried, at most",
             f"{evaluation.budget_tokens} video tokens to an answer, chosen by the policy `{evaluation.token_policy}`;",
             f"`stormline eval`, seed {evaluation.seed}.",
@@ -84,17 +99,66 @@ def card_text(training: Mapping[str, Any], log: Sequence[Mapping[str, Any]], eva
     )
 
 
+def _real_video_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return the data of the stages that train on real video, by the stage's name."""
+    return {stage["name"]: stage["data"] for stage in recipe["stages"] if stage.get("data")}
+
+
+def _what_it_is(recipe: Mapping[str, Any]) -> list[str]:
+    real, start, tower = _real_video_of(recipe), recipe.get("start_from"), recipe.get("vision_from")
+    if not (real or start or tower):
+        return [
+            "A small video language model on STORM's plan (vision tower, linear projector, recurrent Mamba-2",
+            f"temporal encoder, pooling over {recipe['model']['temporal_pool']} frames, decoder), trained from nothing "
+            "on a generated world of coloured",
+            "shapes. It knows that world and nothing else: of real video it will say something about shapes.",
+        ]
+    begun = f"It went on from `{start}`" if start else "It was trained from nothing"
+    if tower and not start:
+        begun += f", but for the vision tower, which began as that of `{tower}`"
+    seen = ["a generated world of coloured shapes"] if len(real) < len(recipe["stages"]) else []
+    seen += ["real video with text"] if real else []
+    lines = [
+        "A video language model on STORM's plan (vision tower, projector, recurrent Mamba-2 temporal encoder, pooling,",
+        "decoder).",
+        f"{begun}, and learnt on {' and '.join(seen)}.",
+    ]
+    if lora := recipe.get("lora"):
+        lines.append(f"Its language model was adapted by LoRA of rank {lora['rank']}, merged into its weights.")
+    return lines
+
+
+def _how_to_reproduce(recipe: Mapping[str, Any]) -> str:
+    """Return the command, where the recipe is one that stormline has, and what to write into a file where it is not."""
+    name = recipe["name"]
+    path = RECIPE_FOLDER / f"{name}.yaml"
+    if path.is_file() and load_recipe(path) == recipe_from_dict(recipe):
+        return f"Reproduce it with `stormline train {name} --out FOLDER`"
+    return (
+        "Reproduce it with `stormline train RECIPE.yaml --out FOLDER`, where RECIPE.yaml holds what stands under "
+        "`recipe`\nin `training.json`"
+    )
+
+
+def _what_it_saw(recipe: Mapping[str, Any]) -> list[str]:
+    real, lines = _real_video_of(recipe), []
+    if len(real) < len(recipe["stages"]):
+        lines += [
+            "The data are clips of `models/training/shapes.py` at 2 frames a second, drawn as they are needed. A clip",
+            "is a function of its number; training uses seeds below 2^40, evaluation those from there on. Some of the",
+            "clips are played backwards; a question that needs the order of events has the other answer then.",
+        ]
+    lines += [f"Stage {name} learnt real video with text: `{data}`." for name, data in real.items()]
+    rest = "Everything else" if real else "Everything"
+    return [*lines, f"{rest} that decides the training is in `training.json`."]
+
+
 def plot_accuracy(evaluation: Evaluation, path: str | Path) -> None:
     """Draw accuracy over length, a line for each family of questions and dots for shuffled frames, as PNG.
 
     Raises:
         ImportError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The plot needs matplotlib: pip install 'stormline[train]'") from error
-
     families = {
         "order of frames": ORDERED_KINDS,
         "needles": NEEDLE_KINDS,
@@ -102,7 +166,7 @@ def plot_accuracy(evaluation: Evaluation, path: str | Path) -> None:
         "alerts": ("alert",),
         "all others": tuple(k for k in KINDS if k not in (*ORDERED_KINDS, *NEEDLE_KINDS, "caption", "alert")),
     }
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = _figure_class()(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for colour, (name, kinds) in enumerate(families.items()):
         for share, style in (("accuracy", "o-"), ("shuffled", "x:")):
@@ -117,3 +181,11 @@ def plot_accuracy(evaluation: Evaluation, path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The plot needs matplotlib: pip install 'stormline[train]'") from error
+    return Figure

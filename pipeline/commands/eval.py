@@ -47,15 +47,19 @@ def evaluate_model(
 
     from ...models.loading import DEFAULT_FOLDER, load_model
     from ...models.training.evaluate import evaluate, markdown_table
-    from ...models.training.model_card import write_card
+    from ...models.training.model_card import check_card, write_card
 
     torch.set_num_threads(threads)
     try:
         frames = [int(part) for part in lengths.split(",")]
         if not frames or min(frames) < 4:
             raise ValueError(f"--lengths {lengths!r}: expected numbers of frames, 4 or more, such as 8,32,512")
+        if out is not None and not out.parent.is_dir():
+            raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first")
+        if card:
+            check_card(model or DEFAULT_FOLDER)
         loaded = load_model(model, device=device)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         raise SettingsError(str(error)) from error
     typer.echo(str(loaded))
     result = evaluate(
@@ -73,8 +77,8 @@ def evaluate_model(
         f"\nstreamed tokens equal those of one pass in {compared['equal']} of {compared['compared']} clips; "
         f"encoded {result.encoded_frames_per_s:.0f} frames/s; took {result.seconds:.0f} s"
     )
-    if card:
-        typer.echo(f"card: {write_card(model or DEFAULT_FOLDER, result)}")
     if out is not None:
         out.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    if card:
+        typer.echo(f"card: {write_card(model or DEFAULT_FOLDER, result)}")

@@ -2,15 +2,16 @@
 
 import inspect
 import json
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from stormline.models.loading import LoadedModel, fingerprint_model, save_model
+from stormline.models.loading import DEFAULT_FOLDER, LoadedModel, fingerprint_model, save_model
 from stormline.models.training.clips import HELD_OUT_SEED
-from stormline.models.training.evaluate import draw_items, evaluate, markdown_table
+from stormline.models.training.evaluate import Evaluation, draw_items, evaluate, markdown_table
 from stormline.models.training.model_card import card_text, write_card
 from stormline.models.training.new_model import build_model
 from stormline.models.training.questions import ORDER_NEEDED
@@ -161,3 +162,81 @@ def test_card_when_written_then_training_numbers_and_plot(evaluation, tmp_path):
     assert "seed 5" in text
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "evaluation.json").read_text())["by_length"]["8"]
+
+
+CARD_LINE = {"seconds": 60, "device": "cpu", "threads": 2, "loss": 1.0, "accuracy": {"all": 0.5}}
+
+
+def card_of(evaluation, stages=(STAGE,), **values):
+    recipe = recipe_from_dict({"name": "tried", "stages": list(stages), **values})
+    training = {"recipe": recipe.to_dict(), "seconds": {"see": 60}, "torch": "2.13.0"}
+    return card_text(training, [CARD_LINE] * len(stages), evaluation)
+
+
+def test_card_when_the_model_is_the_shipped_one_then_the_text_that_it_ships_with():
+    measured = json.loads((DEFAULT_FOLDER / "evaluation.json").read_text())
+    measured["by_length"] = {int(n): kinds for n, kinds in measured["by_length"].items()}
+    log = (DEFAULT_FOLDER / "training_log.jsonl").read_text().splitlines()
+
+    text = card_text(
+        json.loads((DEFAULT_FOLDER / "training.json").read_text()), [json.loads(x) for x in log], Evaluation(**measured)
+    )
+
+    assert text == (DEFAULT_FOLDER / "README.md").read_text()
+
+
+def test_card_when_it_went_on_from_a_model_on_real_video_then_says_so_and_nothing_of_a_generated_world(evaluation):
+    real = {"name": "real", "task": "text", "train": ["language_model"], "steps": 5, "data": "street/"}
+
+    text = card_of(evaluation, [real], start_from="onevision", lora={"rank": 4})
+
+    assert "It went on from `onevision`, and learnt on real video with text." in text
+    assert "LoRA of rank 4" in text
+    assert "Stage real learnt real video with text: `street/`." in text
+    assert "holds what stands under `recipe`" in text
+    training, measured = text.split("## Evaluation")
+    assert "nothing" not in training
+    assert "shapes" not in training
+    assert "generated world of coloured shapes" in measured
+
+
+def test_card_when_only_some_stages_saw_real_video_then_tells_both(evaluation):
+    real = {"name": "real", "task": "text", "train": ["language_model"], "steps": 5, "data": "street/"}
+
+    text = card_of(evaluation, [STAGE, real])
+
+    assert "from nothing, and learnt on a generated world of coloured shapes and real video with text" in text
+    assert "nothing else" not in text
+
+
+def test_eval_command_when_the_card_cannot_be_written_then_says_so_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr("stormline.models.loading.load_model", None)  # not even that
+    command = ["eval", "--threads", str(torch.get_num_threads())]
+
+    no_training = CliRunner().invoke(app, [*command, str(tmp_path), "--card"])
+    no_folder = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "none" / "o.json")])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    no_plot = CliRunner().invoke(app, [*command, "--card"])
+
+    for result, message in (
+        (no_training, "has no training.json and no training_log.jsonl"),
+        (no_folder, "there is no folder"),
+        (no_plot, "needs matplotlib"),
+    ):
+        assert isinstance(result.exception, SettingsError)
+        assert message in str(result.exception)
+
+
+def test_eval_command_when_the_card_fails_all_the_same_then_the_numbers_are_written(evaluation, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("stormline.models.training.evaluate.evaluate", lambda *_, **__: evaluation)
+    monkeypatch.setattr("stormline.models.training.model_card.write_card", fail)
+    command = ["eval", "--threads", str(torch.get_num_threads()), "--card", "--out", str(tmp_path / "o.json")]
+
+    result = CliRunner().invoke(app, command)
+
+    assert isinstance(result.exception, OSError)
+    assert json.loads((tmp_path / "o.json").read_text())["by_length"]
+    assert (tmp_path / "o.md").read_text().startswith("| question |")
