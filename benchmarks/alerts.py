@@ -30,6 +30,7 @@ import pyarrow.dataset as ds
 from measuring import write_result
 
 from stormline.infra.broker import EmbeddedBroker
+from stormline.models.training.clips import FEEDS_SEED
 from stormline.models.training.questions import WindowView
 from stormline.models.training.shapes import ShapesWorld, parse_shapes_url
 from stormline.pipeline.settings import Settings
@@ -37,7 +38,7 @@ from stormline.pipeline.supervisor import RunStatus, Supervisor
 
 PROMPT, KIND = "Does anything appear?", "appears"
 FEED = "shapes:?seed={seed}&size=256&fps=10&edges=leave"
-FIRST_SEED = 9_000
+FIRST_SEED = FEEDS_SEED + 9_000
 BARRIER_S = 1.0
 CHUNK_S = 2.0
 

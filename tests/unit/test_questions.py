@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stormline.models.training.clips import HELD_OUT_SEED, Clip, label_places, make_clip, seed_of, world_of
+from stormline.models.training.clips import FEEDS_SEED, HELD_OUT_SEED, Clip, label_places, make_clip, seed_of, world_of
+from stormline.models.training.evaluate import draw_items
 from stormline.models.training.questions import (
     KINDS,
     NEEDLE_KINDS,
@@ -17,8 +18,9 @@ from stormline.models.training.questions import (
     exact,
     question_corpus,
 )
-from stormline.models.training.shapes import ShapesSpec, ShapesWorld
+from stormline.models.training.shapes import ShapesSpec, ShapesWorld, parse_shapes_url
 from stormline.models.training.shapes_spec import COLOURS, DIRECTIONS, SHAPES
+from stormline.pipeline.commands.demo import shapes_feed
 
 ALL = dict.fromkeys(KINDS, 1.0)
 
@@ -182,6 +184,14 @@ def test_ask_when_the_same_generator_state_then_the_same_questions():
 def test_seeds_when_splits_then_disjoint():
     assert seed_of(2**32 - 1, 255, held_out=False) < HELD_OUT_SEED <= seed_of(0, 0, held_out=True)
     assert seed_of(0, 1, held_out=False) > seed_of(2**32 - 1, 0, held_out=False)
+
+
+def test_demo_when_it_shows_a_world_then_one_that_neither_training_nor_evaluation_draws():
+    spec, *_ = parse_shapes_url(shapes_feed())
+    evaluated = [item.clip.seed for stream in (0, 127) for item in draw_items(8, 1, stream, 8)]
+
+    assert spec.seed >= FEEDS_SEED == seed_of(0, 99, held_out=True)
+    assert seed_of(0, 100, held_out=True) <= min(evaluated)
 
 
 def test_labels_when_played_backwards_then_motion_is_opposite():
