@@ -33,6 +33,7 @@ from stormline.models.loading import DEFAULT_FOLDER, load_model
 from stormline.models.training.evaluate import evaluate
 from stormline.models.training.questions import KINDS, ORDER_NEEDED
 from stormline.models.training.recipe import Recipe, recipe_from_dict
+from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, TrainProgress
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
@@ -47,6 +48,7 @@ VARIANTS = {
 }
 
 
+SHARED = "together"  # the stage whose clips are seen once for all variants
 LONGEST_TOKENS = TOKENS_PER_CHUNK * 32  # to an answer, of any variant
 TEXT = {
     "task": "text",
@@ -72,7 +74,7 @@ STAGES = [
     },
     {
         **TEXT,
-        "name": "together",
+        "name": SHARED,
         "steps": 1500,
         "clip_frames": 32,
         "window_chunks": [2, 4, 5, 8],
@@ -97,7 +99,7 @@ STAGES = [
 
 def recipe_of(variant: str, scale: float) -> Recipe:
     aligned = ["multi_modal_projector"] if variant == "still" else ["multi_modal_projector", "temporal_encoder"]
-    trained = {"motion": aligned, "together": [*aligned, "language_model"], "long": ["language_model"]}
+    trained = {"motion": aligned, SHARED: [*aligned, "language_model"], "long": ["language_model"]}
     values = {
         "name": variant,
         "seed": 1,
@@ -109,15 +111,22 @@ def recipe_of(variant: str, scale: float) -> Recipe:
     return recipe if scale == 1.0 else recipe.scaled(scale)
 
 
+def share_what_is_seen(variants: list[str], scale: float, out: Path) -> None:
+    """Let the tower see the clips of stage `SHARED`, which are the same for all variants, before any is trained."""
+    (out / "seen").mkdir(parents=True, exist_ok=True)
+    for variant in variants:
+        (out / variant / "cache").mkdir(parents=True, exist_ok=True)
+        shared = out / variant / "cache" / SHARED
+        if not shared.is_symlink():
+            shared.symlink_to((out / "seen").resolve())
+    trainer = Trainer(recipe_of(variants[0], scale), out / variants[0], device="cpu")
+    index, stage = next((i, stage) for i, stage in enumerate(trainer.recipe.stages) if stage.name == SHARED)
+    task = build_task(stage, index, trainer.recipe, trainer.model, trainer.processor)
+    task.prepare(out / "seen", lambda n: print(f"{n} of {stage.cached_streams} clips seen", flush=True))
+
+
 def train(variant: str, scale: float, out: Path) -> tuple[Path, int]:
-    """Return the trained model's folder and the seconds that it took."""
-    # What the tower sees of the clips is the same for all variants: seen once.
-    (out / variant / "cache").mkdir(parents=True, exist_ok=True)
-    (out / "seen").mkdir(exist_ok=True)
-    shared = out / variant / "cache" / "together"
-    if not shared.is_symlink():
-        shared.symlink_to((out / "seen").resolve())
-    began_s = time.monotonic()
+    """Return the trained model's folder and the seconds that its stages took, in whichever processes."""
     shown_s = 0.0
 
     def show(p: TrainProgress) -> None:
@@ -128,7 +137,7 @@ def train(variant: str, scale: float, out: Path) -> tuple[Path, int]:
 
     folder = Trainer(recipe_of(variant, scale), out / variant, device="cpu").run(show)
     assert folder is not None
-    return folder, round(time.monotonic() - began_s)
+    return folder, round(sum(json.loads((folder / "training.json").read_text())["seconds"].values()))
 
 
 def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens_per_chunk: int | None = None) -> dict:
@@ -180,7 +189,9 @@ def main() -> None:
         before = json.loads(options.json.read_text())
         if before.get("stages") == report["stages"]:
             report["variants"] = before["variants"]
-    for variant in options.variants.split(","):
+    variants = options.variants.split(",")
+    share_what_is_seen(variants, options.scale, options.out)
+    for variant in variants:
         folder, seconds = train(variant, options.scale, options.out)
         measured = {variant: measure(folder, variant, options.per_kind)}
         if variant in ("full", "still"):

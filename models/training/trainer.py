@@ -188,6 +188,9 @@ class Trainer:
         def on_clips(n: int) -> None:
             report(self._progress(stage, began_s, 0, f"{n} of {stage.cached_streams} clips encoded"))
             if self.ranks.world == 1 and should_stop():  # others would wait for the cache
+                self._count_time(stage, began_s, self._clock())
+                begun = self._step > 0  # else the stage may still change, and what is laid out for it
+                self._save(*((task, optimizers) if begun else (None, None)))
                 raise _StoppedError
 
         try:

@@ -108,6 +108,29 @@ def test_trainer_when_stopped_while_it_encodes_clips_then_at_once_and_they_are_k
     assert kept.stat().st_mtime_ns == written
 
 
+def test_trainer_when_stopped_and_resumed_then_its_seconds_are_those_of_all_processes(tmp_path):
+    n_runs, result = 0, None
+    while result is None:
+        clock, steps = itertools.count(), itertools.count()
+        trainer = Trainer(recipe(), tmp_path, device="cpu", clock=lambda clock=clock: next(clock))
+        result = trainer.run(should_stop=lambda steps=steps: next(steps) == 1)
+        n_runs += 1
+    told = json.loads((result / "training.json").read_text())["seconds"]
+    Trainer(recipe(), tmp_path, device="cpu").run()
+
+    assert n_runs > 2
+    assert all(told[stage["name"]] >= stage["steps"] for stage in STAGES)  # a second a look at the clock
+    assert json.loads((result / "training.json").read_text())["seconds"] == told
+
+
+def test_trainer_when_stopped_while_it_encodes_then_the_time_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("stormline.models.training.token_cache.SHARD_CLIPS", 1)
+    clock = itertools.count(step=10.0)
+    Trainer(recipe([STAGES[2]]), tmp_path, device="cpu", clock=lambda: next(clock)).run(should_stop=lambda: True)
+
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["seconds"]["speak"] >= 10
+
+
 def test_windows_when_drawn_for_a_kind_then_nearly_all_are_asked_it(tmp_path):
     stage = STAGES[2] | {"window_chunks": [4], "cached_streams": 40, "clip_frames": 64, "budget_tokens": []}
     seeking = stage | {"batch": 12, "seek": {"caption": 1.0}, "worlds": {"shapes": 1.0}}
