@@ -37,7 +37,8 @@ def ray_session() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVE_ENVIRONMENT.items():
             patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", str(PLUGINS), prepend=os.pathsep)  # its processes die of certain records
+        for folder in (PLUGINS.parent, PLUGINS):  # what tests share, and what its processes die of
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         context = ray.init(
             address="local",
             num_cpus=RAY_CPUS,
