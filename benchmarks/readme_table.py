@@ -140,24 +140,61 @@ def of_decode(d: dict[str, Any]) -> Rows:
 
 
 MOTION_KINDS = ("direction", "size change", "stop or start", "speed", "moves", "motion")
+OTHER_VARIANTS = {
+    "unpooled": "not pooled over time, four times the tokens",
+    "unpooled, tokens of full": "the same, as many tokens as pooled ones",
+    "both-ways": "a backward scan in each chunk, too",
+    "pooled-2x2": "2 × 2 places pooled, too, a quarter of the tokens",
+}
 
 
 def of_ablation(d: dict[str, Any]) -> Rows:
-    """What the temporal encoder is worth."""
-    told = {name: d["variants"][name]["lengths"] for name in ("full", "still")}
+    """What the temporal encoder and pooling are worth."""
+    of = {name: variant["lengths"] for name, variant in d["variants"].items()}
+    lengths = tuple(of["full"])
+    steps = sum(stage["steps"] for stage in d["stages"])
+    alike = f"after the same {steps:,} steps, on the same clips"
 
-    def motion(name: str, n_frames: str) -> float:
-        kinds = told[name][n_frames]["kinds"]
-        return sum(kinds[kind] for kind in MOTION_KINDS) / len(MOTION_KINDS)
+    def shares(name: str) -> str:
+        return ", ".join(f"{of[name][n]['order']:.0%}" for n in lengths)
 
-    lengths = ("8", "32")
-    minutes = d["variants"]["full"]["train_seconds"] / 60
+    def of_motion(name: str) -> str:
+        told = [of[name][n]["kinds"] for n in lengths]
+        asked = [[kinds[kind] for kind in MOTION_KINDS] for kinds in told if all(kind in kinds for kind in MOTION_KINDS)]
+        return ", ".join(f"{sum(shares) / len(shares):.0%}" for shares in asked)
+
     yield (
-        f"questions about motion ({', '.join(MOTION_KINDS)}) at {' and '.join(lengths)} frames, after "
-        f"{minutes:.0f} minutes of training: with the temporal encoder, and without it",
-        "; ".join(f"{motion('full', n):.0%} and {motion('still', n):.0%}" for n in lengths),
-        "20 points; over all kinds that need order "
-        + "; ".join(f"{told['full'][n]['order']:.0%} and {told['still'][n]['order']:.0%}" for n in lengths),
+        f"questions that need order, at {', '.join(lengths)} frames: with the temporal encoder; without it, {alike}",
+        f"{shares('full')}; {shares('still')}",
+        "20 points from 32 frames on; with every other chunk left out of the answer "
+        f"{shares('full, one in two')}; {shares('still, one in two')}",
+    )
+    yield (
+        f"those about motion alone ({', '.join(MOTION_KINDS)}), at 8 and 32 frames",
+        f"{of_motion('full')}; {of_motion('still')}",
+        "20 points",
+    )
+    if any(name in of for name in OTHER_VARIANTS):
+        yield (
+            "questions that need order, of other variants",
+            "; ".join(f"{told}: {shares(name)}" for name, told in OTHER_VARIANTS.items() if name in of),
+            "pooling costs 2 points or less",
+        )
+
+
+def of_short_ablation(d: dict[str, Any]) -> Rows:
+    """The same after little training, for variants that were not trained longer."""
+    of = {name: variant["lengths"] for name, variant in d["variants"].items()}
+    lengths = ("8", "32")  # after so little it is chance at more
+
+    def shares(name: str) -> str:
+        return ", ".join(f"{of[name][n]['order']:.0%}" for n in lengths)
+
+    yield (
+        f"questions that need order, at {' and '.join(lengths)} frames after {d['variants']['full']['train_seconds'] / 60:.0f} minutes of "
+        "training: as it is; " + "; ".join(told for name, told in OTHER_VARIANTS.items() if name in of),
+        "; ".join(shares(name) for name in ("full", *(name for name in OTHER_VARIANTS if name in of))),
+        "",
     )
 
 
@@ -303,6 +340,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "archive": of_archive,
     "archive_folder": of_archive_folder,
     "ablation": of_ablation,
+    "ablation-quarter-hour": of_short_ablation,
     "encode": of_encode,
     "scan": of_scan,
     "decode": of_decode,
