@@ -159,9 +159,8 @@ def of_ablation(d: dict[str, Any]) -> Rows:
         return ", ".join(f"{of[name][n]['order']:.0%}" for n in lengths)
 
     def of_motion(name: str) -> str:
-        told = [of[name][n]["kinds"] for n in lengths]
-        asked = [[kinds[kind] for kind in MOTION_KINDS] for kinds in told if all(kind in kinds for kind in MOTION_KINDS)]
-        return ", ".join(f"{sum(shares) / len(shares):.0%}" for shares in asked)
+        asked = [kinds for kinds in (of[name][n]["kinds"] for n in lengths) if kinds.keys() >= set(MOTION_KINDS)]
+        return ", ".join(f"{sum(kinds[kind] for kind in MOTION_KINDS) / len(MOTION_KINDS):.0%}" for kinds in asked)
 
     yield (
         f"questions that need order, at {', '.join(lengths)} frames: with the temporal encoder; without it, {alike}",
@@ -190,10 +189,12 @@ def of_short_ablation(d: dict[str, Any]) -> Rows:
     def shares(name: str) -> str:
         return ", ".join(f"{of[name][n]['order']:.0%}" for n in lengths)
 
+    names = [name for name in OTHER_VARIANTS if name in of]
+    minutes = d["variants"]["full"]["train_seconds"] / 60
+    asked = f"questions that need order, at {' and '.join(lengths)} frames after {minutes:.0f} minutes of training"
     yield (
-        f"questions that need order, at {' and '.join(lengths)} frames after {d['variants']['full']['train_seconds'] / 60:.0f} minutes of "
-        "training: as it is; " + "; ".join(told for name, told in OTHER_VARIANTS.items() if name in of),
-        "; ".join(shares(name) for name in ("full", *(name for name in OTHER_VARIANTS if name in of))),
+        f"{asked}: as it is; " + "; ".join(OTHER_VARIANTS[name] for name in names),
+        "; ".join(shares(name) for name in ("full", *names)),
         "",
     )
 

@@ -38,22 +38,21 @@ def failed(tmp_path):
     return supervisor, slot, told
 
 
-def fill_disk(root):
-    (lane_folder(root, 0) / ".owner.tmp").symlink_to("/dev/full")
+def tend_on_a_full_disk(supervisor, root):
+    (lane_folder(root, 0) / ".owner.tmp").symlink_to("/dev/full")  # a draft that cannot be written is removed
+    supervisor._tend()
 
 
 def test_lane_when_the_disk_is_full_as_it_restarts_then_it_waits_and_tries_again(failed, tmp_path, monkeypatch):
     supervisor, slot, told = failed
     started = []
     monkeypatch.setattr(lane_module, "start_lane", lambda plan: started.append(plan) or pytest.fail("started"))
-    fill_disk(tmp_path)
 
-    supervisor._tend()
-    supervisor._tend()
+    tend_on_a_full_disk(supervisor, tmp_path)
+    tend_on_a_full_disk(supervisor, tmp_path)
 
     assert (slot.actor, slot.restarts, started) == (None, 2, [])
     assert all("No space left on device" in text for text in told)
-    (lane_folder(tmp_path, 0) / ".owner.tmp").unlink()
     assert supervisor._recover(slot)
     assert not slot.to_recover
 
@@ -74,12 +73,11 @@ def test_lane_when_its_suspects_cannot_be_written_then_it_waits_too(failed, monk
 
 def test_lane_when_the_disk_stays_full_then_given_up_with_the_reason(failed, tmp_path):
     supervisor, _, _ = failed
-    fill_disk(tmp_path)
     for _ in range(3):
-        supervisor._tend()
+        tend_on_a_full_disk(supervisor, tmp_path)
 
     with pytest.raises(StormlineError, match=r"failed 4 times without a commit between; last: .*No space left"):
-        supervisor._tend()
+        tend_on_a_full_disk(supervisor, tmp_path)
 
 
 def test_lane_when_it_fails_for_the_first_time_then_restarts_at_once_and_later_waits_longer_each_time(failed):
