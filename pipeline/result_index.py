@@ -133,6 +133,8 @@ def open_result_index(root: Path) -> Iterator[ResultIndex]:
         try:
             yield ResultIndex(connection)
         except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # its kinds tell of locks, of what is asked, of a full disk…
+                raise
             _delete(path)
             raise StormlineError(
                 f"the index {path} was damaged ({error}) and is deleted; the tables, which it is made from, are not "

@@ -182,6 +182,22 @@ def test_index_when_it_proves_damaged_as_it_is_read_then_told_once_and_made_anew
     assert everything(folder.root) == before
 
 
+def test_index_when_another_process_holds_it_as_it_is_read_then_it_stays(folder):
+    path = folder.root / "search" / "results.sqlite"
+
+    def search_beside_another():
+        with open_result_index(folder.root) as index, sqlite3.connect(path) as other:
+            index._connection.execute("PRAGMA busy_timeout = 0")
+            other.execute("BEGIN EXCLUSIVE")
+            index.search("dog")
+
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        search_beside_another()
+
+    assert path.exists()
+    assert found(folder.root, "dog") == ["a dog turns around; a red ball rolls"]
+
+
 def test_index_when_another_version_made_it_then_it_is_made_anew(folder):
     before = everything(folder.root)
     with sqlite3.connect(folder.root / "search" / "results.sqlite") as other:
