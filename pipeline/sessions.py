@@ -129,7 +129,7 @@ class SessionTracker:
 
     def end_silent(self, record: Record) -> list[Segment]:
         """Return the ends of the sessions that are over by the time of this record, which is to be taken next."""
-        partition = self._partitions.setdefault((record.topic, record.partition), _Partition())
+        partition = self._partition_of(record)
         partition.advance(record.append_ns, self._idle_ns // 20)
         ends = []
         for name in partition.fallen_silent(self._idle_ns):
@@ -153,6 +153,12 @@ class SessionTracker:
             ends.append(Segment(meta, b""))
         return ends
 
+    def _partition_of(self, record: Record) -> _Partition:
+        key = (record.topic, record.partition)
+        if key not in self._partitions:
+            self._partitions[key] = _Partition()
+        return self._partitions[key]
+
     def take(self, record: Record) -> Segment | None:
         """Return the record's segment, or None for one that was seen before (counted as a duplicate)."""
         return self._advance(record, skip=False)
@@ -172,7 +178,7 @@ class SessionTracker:
         headers, bad = _read_headers(record)
         self.counters["bad_headers"] += len(bad)
         name = stream_id(record)
-        partition = self._partitions.setdefault((record.topic, record.partition), _Partition())
+        partition = self._partition_of(record)
         before = partition.streams.get(name)
 
         placed = _place(before, headers, record, partition.forgot)
