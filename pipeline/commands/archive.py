@@ -144,10 +144,13 @@ def archive_times(every: str, start: str, watch_every: str | None) -> ArchiveTim
     from ..durations import moment_ns, parse_duration_s, parse_moment
 
     try:
+        watch_s = 0.0 if watch_every is None else parse_duration_s(watch_every)
+        if watch_every is not None and not watch_s:
+            raise ValueError(f"--watch-every {watch_every}: expected more than 0, such as 10s; without --watch it ends")
         return ArchiveTimes(
             window_s=None if every == SCENES else WHOLE_VIDEO_S if every == VIDEO else parse_duration_s(every),
             start_ns=None if start == "mtime" else 0 if start == "0" else moment_ns(parse_moment(start)),
-            watch_s=0.0 if watch_every is None else parse_duration_s(watch_every),
+            watch_s=watch_s,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from None

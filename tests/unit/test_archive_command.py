@@ -62,6 +62,7 @@ def test_watch_when_wanted_then_how_often_to_look_and_else_once():
         (["--every", "often"], "'often' is no length of time"),
         (["--start", "noon"], "'noon' is no time"),
         (["--watch", "--watch-every", "soon"], "'soon' is no length of time"),
+        (["--watch", "--watch-every", "0"], "--watch-every 0: expected more than 0"),
     ],
 )
 def test_archive_when_a_time_is_none_then_refused_before_anything_is_made(option, said, tmp_path):
