@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .last_used import LastUsed
 
 DEFAULT_BYTES = 256 << 20
 
@@ -28,11 +29,15 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.max_bytes = max_bytes
-        self.n_bytes = 0
         self.hits = 0
         self.misses = 0
-        self._kept: OrderedDict[bytes, list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._kept: LastUsed[bytes, list[tuple[Tensor, Tensor]]] = LastUsed(max_bytes, _n_bytes)
         self._lock = threading.Lock()
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the size of what is kept."""
+        return self._kept.n_bytes
 
     def get(self, key: bytes) -> DynamicCache | None:
         """Return a cache that starts with the prefix and may be written on, or None."""
@@ -42,22 +47,13 @@ class PrefixCache:
                 self.misses += 1
                 return None
             self.hits += 1
-            self._kept.move_to_end(key)
         return _cache_of(layers)
 
     def put(self, key: bytes, cache: DynamicCache) -> None:
         """Keep what a cache holds now. Growing it later makes new tensors, so nothing is copied here."""
         layers = [_tensors_of(layer) for layer in cache.layers]
-        n_bytes = _n_bytes(layers)
-        if n_bytes > self.max_bytes:
-            return
         with self._lock:
-            if key in self._kept:
-                return
-            self._kept[key] = layers
-            self.n_bytes += n_bytes
-            while self.n_bytes > self.max_bytes:
-                self.n_bytes -= _n_bytes(self._kept.popitem(last=False)[1])
+            self._kept.put(key, layers)
 
 
 def prefix_key(input_ids: Tensor, video_tokens: Tensor) -> bytes:

@@ -11,9 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from ..models.last_used import LastUsed
 from .checkpoint import newest_committed
 from .chunk_index import ChunkIndex, PastChunk
 from .compacted_files import compacted_in, read_parts, while_files_move
@@ -78,8 +79,7 @@ class TokenFiles:
         self._found: dict[str, _StreamFiles] = {}
         self._folders: dict[str, _Folder] = {}
         self._caching = threading.Lock()  # guards what follows, for moments
-        self._cached: OrderedDict[tuple[str, int], PastChunk] = OrderedDict()  # the least used first
-        self._cached_bytes = 0
+        self._cached: LastUsed[tuple[str, int], PastChunk] = LastUsed(CACHE_BYTES, attrgetter("tokens.nbytes"))
 
     def refresh(self) -> None:
         """Take in what was committed since the last call; the first call reads what every file holds."""
@@ -198,7 +198,8 @@ class TokenFiles:
 
     def _read(self, stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
         with self._caching:
-            found = self._take_cached(stream_id, starts_ns)
+            known = [self._cached.get((stream_id, start)) for start in starts_ns.tolist()]
+        found = {chunk.start_ns: chunk for chunk in known if chunk is not None}
         missing = np.array([start for start in starts_ns.tolist() if start not in found], np.int64)
         stream = self._streams.get(stream_id, _StreamFiles())
         numbers = np.unique(stream.files[np.isin(stream.index.start_ns, missing)])
@@ -207,26 +208,9 @@ class TokenFiles:
             read = self._read_files(paths, stream_id, missing)
             found |= {chunk.start_ns: chunk for chunk in read}
             with self._caching:
-                self._cache(stream_id, read)
+                for chunk in read:
+                    self._cached.put((stream_id, chunk.start_ns), chunk)
         return [found[start] for start in sorted(found)]
-
-    def _take_cached(self, stream_id: str, starts_ns: np.ndarray) -> dict[int, PastChunk]:
-        found = {}
-        for start in starts_ns.tolist():
-            chunk = self._cached.get((stream_id, start))
-            if chunk is not None:
-                self._cached.move_to_end((stream_id, start))
-                found[start] = chunk
-        return found
-
-    def _cache(self, stream_id: str, chunks: Iterable[PastChunk]) -> None:
-        for chunk in chunks:
-            if (stream_id, chunk.start_ns) not in self._cached:
-                self._cached[stream_id, chunk.start_ns] = chunk
-                self._cached_bytes += chunk.tokens.nbytes
-        while self._cached_bytes > CACHE_BYTES:
-            _, oldest = self._cached.popitem(last=False)
-            self._cached_bytes -= oldest.tokens.nbytes
 
     def _read_files(self, paths: list[str], stream_id: str, starts_ns: np.ndarray) -> list[PastChunk]:
         starts = pa.array(np.unique(starts_ns // _NS_PER_US), pa.int64()).cast(TOKENS.field("start_time").type)

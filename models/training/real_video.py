@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..last_used import LastUsed
 from ..video_files import choose_video_stream, orientation, set_upright
 
 KEPT_BYTES = 512 << 20  # of decoded clips: 2,700 of 16 frames of 64 px, or 55 of 448 px
@@ -85,28 +85,7 @@ def read_stretch(video: Path, start_s: float, stop_s: float | None, n_frames: in
     return frames
 
 
-class LastUsed:
-    """Arrays by key, as many as fit into `max_bytes`; those used last stay."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.n_bytes = max_bytes, 0
-        self._arrays: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-
-    def get(self, key: Hashable) -> np.ndarray | None:
-        """Return an array that is still there."""
-        if key in self._arrays:
-            self._arrays.move_to_end(key)
-        return self._arrays.get(key)
-
-    def put(self, key: Hashable, array: np.ndarray) -> None:
-        """Keep an array under a new key, and forget those not used for longest."""
-        self._arrays[key] = array
-        self.n_bytes += array.nbytes
-        while self.n_bytes > self.max_bytes:
-            self.n_bytes -= self._arrays.popitem(last=False)[1].nbytes
-
-
-_kept = LastUsed(KEPT_BYTES)
+_kept: LastUsed[Hashable, np.ndarray] = LastUsed(KEPT_BYTES)
 
 
 def _decode(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> np.ndarray:

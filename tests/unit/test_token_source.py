@@ -180,7 +180,7 @@ def test_files_when_chunks_were_read_of_late_then_their_files_are_not_opened_aga
     assert read_all(source, 4, 10) == [2, 3, 4]
     assert opened == [2, 1]
 
-    monkeypatch.setattr("stormline.pipeline.token_files.CACHE_BYTES", 2 * make_chunk(0).tokens.nbytes)
+    files._cached.max_bytes = 2 * make_chunk(0).tokens.nbytes
     read_all(source, 12, 16)
     assert len(files._cached) == 2
     assert read_all(source, 0, 16) == list(range(8))
