@@ -29,7 +29,7 @@ from stormline.operators.rows import Segment, block_of, rows_of
 from stormline.operators.sampling import GridSpec
 from stormline.pipeline.commands.demo import street_video
 from stormline.pipeline.endless_dataset import actor_step, build_dataset, lane_context
-from stormline.pipeline.kafka_source import KafkaSource, SourcePlan, list_partitions, read_forever
+from stormline.pipeline.kafka_source import KafkaSource, SourcePlan, look_for_topics, read_forever
 from stormline.pipeline.lane import ANNOTATE_CPUS, DECODE_CPUS, ENCODE_CPUS, LoadFromSettings, iter_rows
 from stormline.pipeline.publish.publisher import publish_source
 from stormline.pipeline.settings import load_settings
@@ -138,7 +138,7 @@ def main() -> None:
         broker.create_topic("video", partitions=1)
         publish(broker.bootstrap_servers, n_segments)
         settings = load_settings(None, [f"kafka.bootstrap_servers={broker.bootstrap_servers}"])
-        plan = SourcePlan(settings.kafka, tuple(list_partitions(settings.kafka)), {})
+        plan = SourcePlan(settings.kafka, look_for_topics(settings.kafka).partitions, {})
         decoding, encoding = alone(plan, n_segments)
         ray.init(
             address="local",

@@ -347,17 +347,6 @@ def look_for_topics(kafka: KafkaSettings) -> TopicsThere:
         consumer.close()
 
 
-def list_partitions(kafka: KafkaSettings) -> list[tuple[str, int]]:
-    """Return every partition of the configured topics, sorted.
-
-    Raises:
-        SourceError: If a topic does not exist, or a pattern fits none; lists those that do.
-    """
-    there = look_for_topics(kafka)
-    there.check()
-    return list(there.partitions)
-
-
 def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, int], int]) -> None:
     """Refuse positions that the broker does not hold yet: they would be waited for in silence.
 

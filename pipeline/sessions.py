@@ -135,21 +135,7 @@ class SessionTracker:
         for name in partition.fallen_silent(self._idle_ns):
             cursor = partition.streams[name]
             partition.put(name, replace(cursor, ended=True, silent=True, skipped=0))
-            meta = SegmentMeta(
-                stream_id=name,
-                session=cursor.session,
-                seq=cursor.next_seq,
-                start_ns=record.append_ns,
-                session_start_ns=cursor.session_start_ns,
-                content_type="",
-                end=True,
-                gap_segments=cursor.skipped,
-                topic=record.topic,
-                partition=record.partition,
-                offset=record.offset,
-                append_ns=record.append_ns,
-                n_bytes=0,
-            )
+            meta = _meta(name, cursor, record, seq=cursor.next_seq, gap_segments=cursor.skipped, n_bytes=0, end=True)
             ends.append(Segment(meta, b""))
         return ends
 
@@ -195,32 +181,19 @@ class SessionTracker:
             cursor = replace(cursor, session_start_ns=start_ns)
         gap_segments = cursor.skipped + missing
         skipped = gap_segments + 1 if skip else 0
-        partition.put(
-            name,
-            replace(
-                cursor,
-                next_seq=seq + 1,
-                ended=headers.end,
-                silent=False,
-                skipped=skipped,
-                heard_ns=partition.clock_ns,
-            ),
-        )
+        taken = replace(cursor, next_seq=seq + 1, ended=headers.end, silent=False, skipped=skipped)
+        partition.put(name, replace(taken, heard_ns=partition.clock_ns))
         self.counters["skipped"] += skip
-        meta = SegmentMeta(
-            stream_id=name,
-            session=cursor.session,
+        meta = _meta(
+            name,
+            cursor,
+            record,
             seq=seq,
             start_ns=start_ns,
-            session_start_ns=cursor.session_start_ns,
+            gap_segments=gap_segments,
+            n_bytes=len(value),
             content_type=headers.content_type,
             end=headers.end,
-            gap_segments=gap_segments,
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-            append_ns=record.append_ns,
-            n_bytes=len(value),
         )
         notices = [DeadLetter.of(meta, "bad_header", f"{text}; went on without it") for text in bad]
         if missing:
@@ -241,19 +214,13 @@ class SessionTracker:
         if key in self._strays:
             self._strays[key] = replace(self._strays[key], n_bytes=self._strays[key].n_bytes + n_bytes)
             return
-        self._strays[key] = DeadLetter(
-            reason="two_sessions",
-            detail=f"records of session {cursor.previous_session!r} came from offset {record.offset} on, after session "
-            f"{cursor.session!r} had begun, and were left out; do two publishers send as stream {name!r}?",
-            stream_id=name,
-            session=cursor.previous_session or "",
-            seq=cursor.previous_next_seq,
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-            start_ns=record.append_ns,
-            n_bytes=n_bytes,
+        detail = (
+            f"records of session {cursor.previous_session!r} came from offset {record.offset} on, after session "
+            f"{cursor.session!r} had begun, and were left out; do two publishers send as stream {name!r}?"
         )
+        meta = _meta(name, cursor, record, seq=cursor.previous_next_seq, n_bytes=n_bytes)
+        meta = replace(meta, session=cursor.previous_session or "")
+        self._strays[key] = DeadLetter.of(meta, "two_sessions", detail)
 
     def snapshot(self) -> dict[tuple[str, int], bytes]:
         """Return each partition's state after the last record taken."""
@@ -279,6 +246,36 @@ class SessionTracker:
                 streams, state.get("clock_ns", 0), state.get("forgot", False)
             )
         return tracker
+
+
+def _meta(
+    name: str,
+    cursor: StreamCursor,
+    record: Record,
+    *,
+    seq: int,
+    n_bytes: int,
+    start_ns: int | None = None,
+    gap_segments: int = 0,
+    content_type: str = "",
+    end: bool = False,
+) -> SegmentMeta:
+    """Return which piece of which stream this is; without `start_ns` it begins when the record came."""
+    return SegmentMeta(
+        stream_id=name,
+        session=cursor.session,
+        seq=seq,
+        start_ns=record.append_ns if start_ns is None else start_ns,
+        session_start_ns=cursor.session_start_ns,
+        content_type=content_type,
+        end=end,
+        gap_segments=gap_segments,
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        append_ns=record.append_ns,
+        n_bytes=n_bytes,
+    )
 
 
 def _pack(partition: _Partition) -> bytes:

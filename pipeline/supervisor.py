@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..operators.errors import CheckpointError, CommitError, OrderError, SourceError, StormlineError
 from .embedded_ray import embedded_ray, may_fork
 from .settings import Settings
+from .waits import doubled_wait_s
 
 if TYPE_CHECKING:
     from ..operators.in_hand import Suspect
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for a lane's last commit; after that it is killed, which loses nothing but the time to redo it
 MAX_BACKOFF_S = 30.0
-MOST_DOUBLINGS = 64  # of the first wait: long past the longest one, and a number for ever
 START_LIMIT_S = (
     600.0  # of a lane until its first commit: it loads its model, which may be large and come over a network
 )
@@ -216,8 +216,11 @@ class Supervisor:
         from .recovery import recover
 
         settings, archive = self._settings, self._archive
-        there = None if archive else look_for_topics(settings.kafka)
-        partitions = archive.partitions(settings.lanes.count) if archive else there.partitions if there else ()
+        if archive:
+            there, partitions = None, archive.partitions(settings.lanes.count)
+        else:
+            there = look_for_topics(settings.kafka)
+            partitions = there.partitions
         count = min(settings.lanes.count, max(1, len(partitions)))
         if count < settings.lanes.count:
             self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
@@ -418,8 +421,8 @@ class Supervisor:
                 "What was committed is safe: mend the cause and run again."
             )
         # At once where it had committed meanwhile: what killed it is over, as a rule.
-        doublings = min(slot.restarts - 2, MOST_DOUBLINGS)
-        wait_s = 0.0 if slot.restarts == 1 else min(MAX_BACKOFF_S, lanes.restart_backoff_s * 2**doublings)
+        first_s = lanes.restart_backoff_s
+        wait_s = 0.0 if slot.restarts == 1 else doubled_wait_s(first_s, slot.restarts - 2, MAX_BACKOFF_S)
         slot.retry_at_s = time.monotonic() + wait_s
         soon = f"in {wait_s:.0f} s" if wait_s else "at once"
         self._tell(f"lane {slot.plan.lane} failed ({reason}); restart from its checkpoint {soon}")

@@ -17,9 +17,8 @@ from .shapes_spec import BACKGROUND_CHANGES, COLOURS, DIRECTIONS, SHAPES, SIZES,
 
 FPS = 2.0
 HELD_OUT_SEED = 1 << 40  # training worlds have seeds below, held-out ones from here on
-FEEDS_SEED = HELD_OUT_SEED + (
-    99 << 32
-)  # of feeds that are shown or measured live; no evaluation draws from this stream
+# Of feeds that are shown or measured live: no evaluation draws from this stream.
+FEEDS_SEED = HELD_OUT_SEED + (99 << 32)
 WORLDS = ("shapes", "needles")
 
 MOTIONS = (STILL, *DIRECTIONS)

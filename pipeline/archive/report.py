@@ -18,9 +18,9 @@ from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
 
+from ...models.video_files import orientation
 from ...operators.media import ffmpeg_errors, open_media, open_video_stream, opened_uri
 from ...operators.pictures import make_jpeg
-from ...operators.rgb import orientation
 from ..durable_files import replace_file
 from ..export.subtitles import line_of
 from ..result_index import ResultIndex, Session

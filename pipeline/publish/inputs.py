@@ -174,7 +174,7 @@ class MediaInput:
     """
 
     def __init__(self, spec: SourceSpec, options: Mapping[str, str] | None = None):
-        from ...operators.media import choose_video_stream
+        from ...models.video_files import choose_video_stream
 
         options = options or {}
         self.spec = spec
@@ -312,7 +312,7 @@ def _has_no_times(container: InputContainer) -> bool:
     """
     from av.format import Flags
 
-    from ...operators.media import choose_video_stream
+    from ...models.video_files import choose_video_stream
 
     stream = choose_video_stream(container)
     if stream is None or stream.codec_context.framerate or stream.codec_context.has_b_frames:

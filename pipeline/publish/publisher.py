@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...operators.errors import PublishError, SettingsError
+from ..waits import doubled_wait_s
 from .inputs import InputError, MediaInput, ShapesInput, SourceSpec, expand_sources, open_input
 from .options import PublishOptions, PublishReport
 from .producer import SegmentProducer
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
-MOST_DOUBLINGS = 16  # of the first wait: long past the longest one, and a number for ever
 
 
 def publish_source(
@@ -159,7 +159,7 @@ class StreamPublisher:
         return is_open or self._spec.waits_for_sender or self._options.awaits_start or bool(self.report.sessions)
 
     def _wait_to_reconnect(self, failures: int) -> None:
-        wait_s = min(FIRST_BACKOFF_S * 2 ** min(failures, MOST_DOUBLINGS), LONGEST_BACKOFF_S)
+        wait_s = doubled_wait_s(FIRST_BACKOFF_S, failures, LONGEST_BACKOFF_S)
         what, how = ("connection lost", ", as a new session") if self.report.sessions else ("not there yet", "")
         self._notice(f"{what}; next try in {wait_s:g} s{how}")
         self._stop.wait(wait_s)

@@ -167,7 +167,7 @@ class Transcoder:
             return
         self._last_ms = ms
         if self._encoder is None:
-            from ...operators.rgb import orientation
+            from ...models.video_files import orientation
 
             rate = self._stream.average_rate or Fraction(1000, USUAL_FRAME_MS)
             self._encoder = FrameEncoder(

@@ -19,7 +19,6 @@ from stormline.pipeline.kafka_source import (
     SourcePlan,
     check_offsets_exist,
     client_options,
-    list_partitions,
     look_for_topics,
     open_consumer,
     read_forever,
@@ -145,10 +144,15 @@ def test_partitions_when_a_topic_is_a_pattern_then_all_that_fit_but_kafkas_own(m
     topics = {"cam-1": 2, "cam-2": 1, "other": 1, "__cam-offsets": 9}
     monkeypatch.setattr(kafka_source, "open_consumer", lambda kafka: FakeConsumer({}, topics))
 
-    assert list_partitions(KafkaSettings(topics=["cam-*", "cam-1"])) == [("cam-1", 0), ("cam-1", 1), ("cam-2", 0)]
-    assert list_partitions(KafkaSettings(topics=["*"]))[-1] == ("other", 0)
+    def partitions(*names):
+        there = look_for_topics(KafkaSettings(topics=list(names)))
+        there.check()
+        return list(there.partitions)
+
+    assert partitions("cam-*", "cam-1") == [("cam-1", 0), ("cam-1", 1), ("cam-2", 0)]
+    assert partitions("*")[-1] == ("other", 0)
     with pytest.raises(SourceError, match=r"No topic gate-\*.*there: .*cam-1"):
-        list_partitions(KafkaSettings(topics=["cam-1", "gate-*"]))
+        partitions("cam-1", "gate-*")
 
 
 def test_offsets_when_past_the_end_then_refused_and_before_the_beginning_let_through(monkeypatch):
@@ -327,7 +331,7 @@ def test_source_when_the_broker_refuses_the_user_then_the_error_says_so_and_what
     monkeypatch.setattr(kafka, "KafkaConsumer", refuse)
 
     with pytest.raises(SourceError, match=r"refuses us \(.*Invalid username.*Correct kafka\.client"):
-        list_partitions(KafkaSettings())
+        look_for_topics(KafkaSettings())
 
 
 class FailingConsumer(FakeConsumer):
