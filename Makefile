@@ -49,6 +49,8 @@ test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 chaos: venv  ## kill whatever can die, from three seeds, and compare with a run in peace (half an hour and more)
 	@echo "== chaos"
 	@$(BIN)/python -m tests.chaos --faults 40 --seed 1 --seed 2 --seed 3 --json benchmarks/results/chaos.json
+	@$(BIN)/python -m tests.chaos --faults 15 --seed 71 --seed 72 --seed 73 \
+		--kinds supervisor,gcs,raylet,cluster,machine --json benchmarks/results/chaos-starts.json
 
 archive-proof: venv  ## archive 200 videos, good and bad, in peace and killed on the way, and compare (half an hour)
 	@echo "== archive proof"

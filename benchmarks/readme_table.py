@@ -291,24 +291,28 @@ def of_chaos(d: dict[str, Any]) -> Rows:
         str(d["rows_lost_doubled_or_other"]),
         "0",
     )
-    before = d["by_kind_without_fork_workers"]
-    for what, kinds in (
-        (
-            "a process of a lane",
-            ("annotate", "commit step 1 kill", "commit step 3 kill", "decoder", "encoder", "source"),
-        ),
-        ("the supervisor, or all of Ray", ("supervisor", "raylet", "gcs", "cluster", "machine")),
-    ):
-        quiet, busy, earlier = (
-            [told[kind]["next_row_s"]["median"] for kind in kinds if told.get(kind, {}).get("alone")]
-            for told in (d["by_kind_quiet"], d["by_kind"], before)
-        )
-        yield (
-            f"{what} killed: until the next committed row",
-            f"{min(quiet):.1f} to {max(quiet):.1f} s",
-            f"15 s; on a busy machine, too, {min(busy):.0f} to {max(busy):.0f} s, and {min(earlier):.0f} to "
-            f"{max(earlier):.0f} s without `ray.fork_workers`",
-        )
+    kinds = ("annotate", "commit step 1 kill", "commit step 3 kill", "decoder", "encoder", "source")
+    quiet, busy, earlier = (
+        [told[kind]["next_row_s"]["median"] for kind in kinds if told.get(kind, {}).get("alone")]
+        for told in (d["by_kind_quiet"], d["by_kind"], d["by_kind_without_fork_workers"])
+    )
+    yield (
+        "a process of a lane killed: until the next committed row",
+        f"{min(quiet):.1f} to {max(quiet):.1f} s",
+        f"15 s; on a busy machine, too, {min(busy):.0f} to {max(busy):.0f} s, and {min(earlier):.0f} to "
+        f"{max(earlier):.0f} s without `ray.fork_workers`",
+    )
+
+
+def of_starts(d: dict[str, Any]) -> Rows:
+    """Kills after which everything starts again."""
+    told = [kind["next_row_s"] for kind in d["by_kind"].values() if kind["alone"]]
+    medians = [each["median"] for each in told]
+    yield (
+        "the supervisor, Ray or the machine killed: until the next committed row, by what died",
+        f"{min(medians):.1f} to {max(medians):.1f} s median",
+        f"15 s; the longest of {d['faults']}: {max(each['worst'] for each in told):.1f} s",
+    )
 
 
 def of_archive(d: dict[str, Any]) -> Rows:
@@ -337,6 +341,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "ask": of_ask,
     "alerts": of_alerts,
     "chaos": of_chaos,
+    "chaos-starts": of_starts,
     "compact": of_compact,
     "archive": of_archive,
     "archive_folder": of_archive_folder,

@@ -26,8 +26,10 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
-# Two processes that an embedded Ray has no use for: one starts machines, the other prints what workers log.
-NO_USE = {"no_monitor": True, "include_log_monitor": False}
+# Without two processes that an embedded Ray has no use for: one starts machines, the other prints what workers log.
+# And with whatever port is free for what it does need: at its usual one the agent of a Ray that was killed listens for
+# seconds more, or that of another run for good, and each start waited until it had tried five times.
+LEAN = {"no_monitor": True, "include_log_monitor": False, "dashboard_agent_listen_port": 0}
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
         return
     with ExitStack() as stack:
         own = settings.ray.address is None
-        more: dict[str, Any] = dict(NO_USE) if own else {}
+        more: dict[str, Any] = dict(LEAN) if own else {}
         if may_fork(settings):
             more["setup_worker_path"] = stack.enter_context(fork_server())
         import ray

@@ -8,6 +8,9 @@ Ray's core reads from the environment, as it is loaded, for which job it works. 
 imports all but Ray, while Ray starts; and a first copy of it, made when the first worker of the job is wanted, imports
 Ray too and makes all the job's workers. Those that Ray starts in advance, for any job, are copies of the first stage.
 
+Copies end with the process that they are copies of, and that with who started it: of a run that was killed no worker
+stays to hold a port or a core while the next one starts.
+
 A fork copies neither threads nor what makes numbers random. So each stage looks that no thread runs and that the core
 has made no random number; else it ends, and Ray starts its workers as ever. Linux only, and not for workers that use a
 GPU, because CUDA does not survive a fork.
@@ -15,6 +18,7 @@ GPU, because CUDA does not survive a fork.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -79,6 +83,7 @@ RAY_MODULES = (
     f"{PACKAGE}.pipeline.video_llm",
 )
 _running: set[tuple[str, ...]] = set()  # the modules of the servers of this process
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 HARMLESS_THREADS = ("jemalloc_bg_thd",)  # Arrow's; it is made anew in a copy
 
 
@@ -95,8 +100,9 @@ class Order(NamedTuple):
 def fork_server(modules: Sequence[str] = MODULES) -> Iterator[str]:
     """Run a fork server for an embedded Ray that is started within the block.
 
-    The server imports while Ray starts; its workers wait for it. It ends with the block, or with this process; the
-    workers are Ray's to end. Within the block of another of the same modules that one serves.
+    The server imports while Ray starts; its workers wait for it. It ends with the block, or with this process, and with
+    it those of its workers that Ray has not ended by then. Within the block of another of the same modules that one
+    serves.
 
     Args:
         modules: What it imports, as far as it is there.
@@ -290,8 +296,14 @@ def read_order(asking: socket.socket, outputs: list[int]) -> Order:
 
 
 def is_copy() -> bool:
-    """Make a copy of this process; returns in both, and tells which it is."""
-    return os.fork() == 0
+    """Make a copy of this process, which ends with it; returns in both, and tells which it is."""
+    original = os.getpid()
+    if os.fork() != 0:
+        return False
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != original:  # it ended before we could say so
+        os._exit(0)
+    return True
 
 
 def close(descriptors: Sequence[int]) -> None:

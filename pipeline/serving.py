@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +163,14 @@ def describe_model() -> ModelDescription:
     return serve.get_deployment_handle("VideoLLM", LLM_APP).describe.remote().result(timeout_s=DESCRIBE_TIMEOUT_S)
 
 
-def describe_apart(model: ModelSettings) -> ModelDescription:
-    """Return what the LLM deployment will hold, from a process of its own: it is not waited for."""
-    task = ray.remote(_load_and_describe).options(num_cpus=0)
-    return ray.get(task.remote(model), timeout=DESCRIBE_TIMEOUT_S)
+def describing_apart(model: ModelSettings) -> Callable[[], ModelDescription]:
+    """Begin to find out what the LLM deployment will hold, in a process of its own: that is not waited for.
+
+    Returns:
+        What waits for the answer and returns it.
+    """
+    answer = ray.remote(_load_and_describe).options(num_cpus=0).remote(model)
+    return lambda: ray.get(answer, timeout=DESCRIBE_TIMEOUT_S)
 
 
 def _load_and_describe(model: ModelSettings) -> ModelDescription:

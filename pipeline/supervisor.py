@@ -160,7 +160,7 @@ class Supervisor:
             return
         from .partition_watch import PartitionWatch
 
-        self._plan(self._describe(services))
+        self._plan(self._describing(services))
         self._tell(f"starting {len(self._slots)} lane(s)")
         ready = False
         known = (p for slot in self._slots for p in slot.plan.partitions)
@@ -193,21 +193,32 @@ class Supervisor:
         self._tell(f"starting the LLM{http} and the token store on Ray Serve")
         return starting_services(self._settings)
 
-    def _describe(self, services: StartingServices) -> ModelDescription:
-        """Return what the model is; where that costs little at once, so that lanes start beside the services."""
+    def _describing(self, services: StartingServices) -> Callable[[], ModelDescription]:
+        """Begin to find out what the model is; apart where that costs little, so that lanes start beside the services.
+
+        Returns:
+            What waits for the answer and returns it.
+        """
         from ray.exceptions import RayError
 
-        from .serving import describe_apart, describe_model
+        from .serving import describe_model, describing_apart
 
-        if self._settings.model.path is None and may_fork(self._settings) and not services.ready():
-            try:
-                return describe_apart(self._settings.model)
-            except RayError as error:
-                logger.warning("describe_apart_failed error=%r", error)
-        services.wait()
-        return describe_model()
+        settings = self._settings
+        may_be_apart = settings.model.path is None and may_fork(settings) and not services.ready()
+        apart = describing_apart(settings.model) if may_be_apart else None
 
-    def _plan(self, model: ModelDescription) -> None:
+        def described() -> ModelDescription:
+            if apart is not None:
+                try:
+                    return apart()
+                except RayError as error:
+                    logger.warning("describe_apart_failed error=%r", error)
+            services.wait()
+            return describe_model()
+
+        return described
+
+    def _plan(self, described: Callable[[], ModelDescription]) -> None:
         """Find the partitions, recover what is committed, and plan each lane."""
         from .checkpoint import list_lanes
         from .kafka_source import look_for_topics
@@ -224,7 +235,7 @@ class Supervisor:
         count = min(settings.lanes.count, max(1, len(partitions)))
         if count < settings.lanes.count:
             self._tell(f"{len(partitions)} partition(s) for {settings.lanes.count} lanes: starting {count}")
-        self._model = model
+        self._model = model = described()  # what there was to import and to ask the broker was done meanwhile
         identity = {**run_identity(settings, model), **(archive.identity if archive else {})}
         recovery = recover(settings.output.path, lanes=count, identity=identity)
         for warning in recovery.warnings:

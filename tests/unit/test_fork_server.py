@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from stormline.pipeline.fork_server import WORKER_FILE, fork_server_ahead
@@ -46,6 +48,19 @@ with fork_server_ahead() as ahead:
     print("began" if ADDRESS in os.environ else "not")
     ahead.close()
     print("ended" if ADDRESS not in os.environ else "not")
+"""
+LASTING = """
+import os, sys, time
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+RUN_ON = """
+import subprocess, sys, time
+from stormline.pipeline.fork_server import fork_server
+
+with fork_server(["json"]):
+    subprocess.run(sys.argv[1:], check=True)
+    time.sleep(600)
 """
 BUSY = """
 import threading
@@ -114,6 +129,25 @@ def test_server_when_it_is_started_ahead_then_closing_ends_it():
     done = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, check=True, timeout=60)
 
     assert done.stdout.split() == ["began", "ended"]
+
+
+@pytest.mark.parametrize("job", ["", "01000000"])
+def test_worker_when_who_started_the_server_is_killed_then_it_ends_too(tmp_path, job):
+    (tmp_path / "default_worker.py").write_text(LASTING)
+    command = [sys.executable, str(WORKER_FILE), str(tmp_path / "default_worker.py"), "--language=PYTHON"]
+    environment = os.environ | ({"RAY_JOB_ID": job} if job else {})
+    run = subprocess.Popen([sys.executable, "-c", RUN_ON, *command], stdout=subprocess.PIPE, text=True, env=environment)
+    with run:
+        assert run.stdout
+        worker = psutil.Process(int(run.stdout.readline()))
+
+        run.kill()
+
+        try:
+            worker.wait(timeout=20)
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
 
 
 def test_server_when_an_import_leaves_a_thread_then_it_says_so_and_ray_starts_the_workers(start):
