@@ -46,7 +46,7 @@ test-gpu: venv  ## tests that need a CUDA device; skipped where there is none
 	@echo "== GPU tests"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu -q --durations=5
 
-chaos: venv  ## kill whatever can die, from three seeds, and compare with a run in peace (half an hour and more)
+chaos: venv  ## kill whatever can die, from three seeds, and compare with a run in peace (three quarters of an hour)
 	@echo "== chaos"
 	@$(BIN)/python -m tests.chaos --faults 40 --seed 1 --seed 2 --seed 3 --json benchmarks/results/chaos.json
 	@$(BIN)/python -m tests.chaos --faults 15 --seed 71 --seed 72 --seed 73 \

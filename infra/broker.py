@@ -31,18 +31,7 @@ INSTALL_HINT = (
 LOG_TAIL_BYTES = 2_000  # of the broker's output, quoted in an error
 POLL_S = 0.02  # between two tries to reach a broker that starts; it is ready within a few ms
 FREE_PORT_TRIES = 3  # another process may take a free port between our look and the broker's bind
-
-# Runs in a fresh interpreter, which then becomes the broker: asks the kernel (Linux) to end it when its parent
-# ends, whichever way, and leaves at once if the parent is gone already. Done here and not in a `preexec_fn`,
-# which may deadlock in a process with threads. 1 is PR_SET_PDEATHSIG.
-_EXEC_WITH_PARENT = """\
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
-        os._exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+WITH_PARENT = Path(__file__).with_name("parent.py")
 
 
 def broker_binary() -> str:
@@ -179,7 +168,7 @@ class EmbeddedBroker:
             raise RuntimeError(_taken(self.host, self.port))
         log = tempfile.TemporaryFile(prefix="stormline-broker-")  # noqa: SIM115 (closed by stop)
         url, advertised = f"tcp://{self.bootstrap_servers}", f"tcp://{self._advertise or self.bootstrap_servers}"
-        with_parent = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid())]
+        with_parent = [sys.executable, "-I", "-S", str(WITH_PARENT), str(os.getpid())]
         urls = ["--listener-url", url, "--advertised-listener-url", advertised]
         process = subprocess.Popen(
             [*with_parent, binary, "broker", *urls, "--storage-engine", "memory://tansu/"],

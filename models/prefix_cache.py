@@ -28,11 +28,15 @@ class PrefixCache:
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
-        self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
         self._kept: LastUsed[bytes, list[tuple[Tensor, Tensor]]] = LastUsed(max_bytes, _n_bytes)
         self._lock = threading.Lock()
+
+    @property
+    def max_bytes(self) -> int:
+        """Return how much may be kept."""
+        return self._kept.max_bytes
 
     @property
     def n_bytes(self) -> int:

@@ -28,7 +28,7 @@ SERVE_ENVIRONMENT = {
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 # Without two processes that an embedded Ray has no use for: one starts machines, the other prints what workers log.
 # And with whatever port is free for what it does need: at its usual one the agent of a Ray that was killed listens for
-# seconds more, or that of another run for good, and each start waited until it had tried five times.
+# seconds more, or that of another run for good, and each start waited until it had tried five times more.
 LEAN = {"no_monitor": True, "include_log_monitor": False, "dashboard_agent_listen_port": 0}
 
 

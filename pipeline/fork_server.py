@@ -18,7 +18,6 @@ GPU, because CUDA does not survive a fork.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -36,6 +35,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..infra.parent import end_with
 from .fork_worker import ACCEPTED, ADDRESS, ANY_JOB
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,6 @@ RAY_MODULES = (
     f"{PACKAGE}.pipeline.video_llm",
 )
 _running: set[tuple[str, ...]] = set()  # the modules of the servers of this process
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 HARMLESS_THREADS = ("jemalloc_bg_thd",)  # Arrow's; it is made anew in a copy
 
 
@@ -300,9 +299,7 @@ def is_copy() -> bool:
     original = os.getpid()
     if os.fork() != 0:
         return False
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != original:  # it ended before we could say so
-        os._exit(0)
+    end_with(original)
     return True
 
 
