@@ -11,7 +11,7 @@ from typing import Any
 
 from ..operators.errors import SettingsError, StormlineError
 from .fork_server import fork_server
-from .ray_watch import RayWatch, own_ray
+from .ray_watch import Leave, RayWatch, end_process, own_ray
 from .settings import Settings
 from .stop_signals import keep_signal_handlers
 
@@ -33,8 +33,14 @@ LEAN = {"no_monitor": True, "include_log_monitor": False, "dashboard_agent_liste
 
 
 @contextmanager
-def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[None]:
-    """Use the running Ray, or start one for the time of the block and shut it down after it."""
+def embedded_ray(settings: Settings, tell: Callable[[str], None], leave: Leave = end_process) -> Iterator[None]:
+    """Use the running Ray, or start one for the time of the block and shut it down after it.
+
+    Args:
+        settings: Which of the two, and how large.
+        tell: Told what happens.
+        leave: What this process does should its own Ray die (`ray_watch`).
+    """
     if "ray" not in sys.modules:  # which reads these once
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
@@ -54,7 +60,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None]) -> Iterator[No
             _init_ray(settings, tell)
         stack.callback(ray.shutdown)
         if own:
-            stack.enter_context(RayWatch(own_ray(), tell))
+            stack.enter_context(RayWatch(own_ray(), tell, leave))
         yield
 
 

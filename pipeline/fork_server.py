@@ -9,7 +9,9 @@ imports all but Ray, while Ray starts; and a first copy of it, made when the fir
 Ray too and makes all the job's workers. Those that Ray starts in advance, for any job, are copies of the first stage.
 
 Copies end with the process that they are copies of, and that with who started it: of a run that was killed no worker
-stays to hold a port or a core while the next one starts.
+stays to hold a port or a core while the next one starts. A command that begins again in its own process, because its
+Ray died, takes its server along (`keep_fork_server`), which ends its copies and is then ready at once. The stage of a
+job is no use to the next Ray: its core has read, as it was loaded, which raylet it belongs to.
 
 A fork copies neither threads nor what makes numbers random. So each stage looks that no thread runs and that the core
 has made no random number; else it ends, and Ray starts its workers as ever. Linux only, and not for workers that use a
@@ -25,10 +27,12 @@ import logging
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,7 +40,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..infra.parent import end_with
-from .fork_worker import ACCEPTED, ADDRESS, ANY_JOB
+from .fork_worker import ACCEPTED, ADDRESS, ANY_JOB, READY_WITHIN_S
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +86,10 @@ RAY_MODULES = (
     f"{PACKAGE}.pipeline.token_store",
     f"{PACKAGE}.pipeline.video_llm",
 )
-_running: set[tuple[str, ...]] = set()  # the modules of the servers of this process
+KEPT = "STORMLINE_KEPT_SERVER"  # environment variable: of the program that was in this process before
+END_COPIES = "x" * len(ANY_JOB)  # in a job's place: an order to end all workers
+_running: dict[tuple[str, ...], Server] = {}  # by their modules; of this process
+_started: dict[int, subprocess.Popen[bytes]] = {}  # by their number; held, else others would wait for them
 HARMLESS_THREADS = ("jemalloc_bg_thd",)  # Arrow's; it is made anew in a copy
 
 
@@ -93,6 +100,36 @@ class Order(NamedTuple):
     environment: dict[str, str]
     folder: str
     outputs: list[int]  # descriptors of standard input, output and error
+
+
+class Server(NamedTuple):
+    """A fork server as who started it knows it."""
+
+    pid: int
+    lifeline: int  # descriptor: the server ends as it is closed
+    address: str
+    modules: list[str]
+    code: int  # see `_code`
+
+    def end(self) -> None:
+        """End it, and with it its copies."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        if process := _started.pop(self.pid, None):
+            process.returncode = -signal.SIGKILL  # it need not look
+        os.close(self.lifeline)
+        shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)
+
+    def end_copies(self) -> bool:
+        """End its workers; tell whether that was done, and it lives."""
+        with socket.socket(socket.AF_UNIX) as asking, suppress(OSError):
+            asking.settimeout(READY_WITHIN_S)
+            asking.connect(self.address)
+            asking.sendall(END_COPIES.encode())
+            return asking.recv(1) == ACCEPTED
+        return False
 
 
 @contextmanager
@@ -113,13 +150,12 @@ def fork_server(modules: Sequence[str] = MODULES) -> Iterator[str]:
         yield str(WORKER_FILE)
         return
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="stormline-", ignore_cleanup_errors=True))
-        address = os.path.join(folder, "fork")
-        stack.callback(_end, _start(address, modules))
-        os.environ[ADDRESS] = address
+        server = _kept(list(modules)) or _start(list(modules))
+        stack.callback(server.end)
+        os.environ[ADDRESS] = server.address
         stack.callback(os.environ.pop, ADDRESS)
-        _running.add(tuple(modules))
-        stack.callback(_running.remove, tuple(modules))
+        _running[tuple(modules)] = server
+        stack.callback(_running.pop, tuple(modules))
         yield str(WORKER_FILE)
 
 
@@ -136,25 +172,55 @@ def fork_server_ahead() -> Iterator[ExitStack]:
         yield ahead
 
 
-def _start(address: str, modules: Sequence[str]) -> subprocess.Popen[bytes]:
+def keep_fork_server() -> None:
+    """Leave the server that runs, if there is one, to the program that `os.execv` puts into this process next."""
+    for server in list(_running.values())[-1:]:
+        os.set_inheritable(server.lifeline, True)
+        os.environ[KEPT] = json.dumps({"owner": os.getpid(), "server": server})
+
+
+def _kept(modules: list[str]) -> Server | None:
+    """Return the server that the program before in this process has left, if it is one of ours and fit."""
+    kept = json.loads(os.environ.pop(KEPT, "{}"))
+    if kept.get("owner") != os.getpid():
+        return None  # whoever began it is another process, and sees to it
+    server = Server(*kept["server"])
+    os.set_inheritable(server.lifeline, False)
+    with suppress(ChildProcessError):  # whom that program has left behind
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    if server.modules == modules and server.code == _code() and server.end_copies():
+        return server
+    server.end()
+    return None
+
+
+def _code() -> int:
+    """Return what changes as this package is edited, or any is installed: what was imported before is then another."""
+    root = Path(__file__).parents[1]
+    own = (path for folder in ("infra", "models", "operators", "pipeline") for path in (root / folder).rglob("*.py"))
+    return max(path.stat().st_mtime_ns for path in (Path(sysconfig.get_path("purelib")), *own))
+
+
+def _start(modules: list[str]) -> Server:
     # One thread for numerical libraries, which read this once: what Ray gives to workers of up to one CPU. And they
     # shall not ask CUDA whether it is there, which would begin it.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    address = os.path.join(tempfile.mkdtemp(prefix="stormline-"), "fork")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(BACKLOG)
-        return subprocess.Popen(
+        stdin, lifeline = os.pipe()
+        process = subprocess.Popen(
             [sys.executable, "-m", __name__, address, str(server.fileno()), *modules],
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             pass_fds=[server.fileno()],
             env=environment,
             start_new_session=True,  # Ctrl-C is for who started us
         )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.communicate()
+        os.close(stdin)
+    _started[process.pid] = process
+    return Server(process.pid, lifeline, address, modules, _code())
 
 
 def main() -> None:
@@ -244,7 +310,12 @@ def serve(server: socket.socket) -> Order | None:
             with suppress(OSError, ValueError):  # who asks may be gone
                 told, outputs, _, _ = socket.recv_fds(asking, len(ANY_JOB), maxfds=3)
                 job = told.decode()
-                if job == ANY_JOB:
+                if job == END_COPIES:
+                    end_copies()
+                    while stages:
+                        stages.popitem()[1].close()
+                    asking.sendall(ACCEPTED)
+                elif job == ANY_JOB:
                     order = read_order(asking, outputs)
                     if is_copy():
                         return order
@@ -301,6 +372,13 @@ def is_copy() -> bool:
         return False
     end_with(original)
     return True
+
+
+def end_copies() -> None:
+    """End the copies of this process that live, and with them theirs."""
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def close(descriptors: Sequence[int]) -> None:

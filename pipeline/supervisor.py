@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..operators.errors import CheckpointError, CommitError, OrderError, SourceError, StormlineError
 from .embedded_ray import embedded_ray, may_fork
+from .ray_watch import Leave, end_process, unless_stopped
 from .settings import Settings
 from .waits import doubled_wait_s
 
@@ -97,6 +98,7 @@ class Supervisor:
         settings: What to run.
         on_phase: Told what it is doing, in a sentence, as it starts and stops.
         archive: Files to read instead of Kafka; it is then over when they are.
+        leave: What this process does should a Ray of its own die (`ray_watch`).
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class Supervisor:
         settings: Settings,
         on_phase: Callable[[str], None] | None = None,
         archive: ArchiveFeed | None = None,
+        leave: Leave = end_process,
     ):
         self._settings = settings
         self._archive = archive
         self._tell = on_phase or (lambda text: logger.info("%s", text))
         self._stop = threading.Event()
+        self._leave = unless_stopped(self._stop, leave)
         self._slots: list[LaneSlot] = []
         self._phase = "starting"
         self._model: ModelDescription | None = None
@@ -140,7 +144,7 @@ class Supervisor:
         from .query_registry import QueryRegistry
 
         root = Path(self._settings.output.path)
-        with OutputLock(root), embedded_ray(self._settings, self._tell):
+        with OutputLock(root), embedded_ray(self._settings, self._tell, self._leave):
             QueryRegistry(root).take_settings(self._settings.queries)
             if not self._stop.is_set():
                 delivery = DeliveryThread(root, self._settings.delivery, self._settings.kafka)

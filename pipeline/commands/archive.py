@@ -103,6 +103,7 @@ def archive(
 
     from ..archive.feed import ArchiveFeed, ArchiveOptions
     from ..archive.progress import ArchiveProgress
+    from ..ray_watch import begin_again
     from ..stop_signals import on_stop_signal
     from ..supervisor import Supervisor
 
@@ -121,7 +122,7 @@ def archive(
         progress.phase("nothing new: every video is finished")
         _end(console, progress, None, root)
         return
-    supervisor = Supervisor(settings, on_phase=progress.phase, archive=feed)
+    supervisor = Supervisor(settings, on_phase=progress.phase, archive=feed, leave=begin_again)
     with on_stop_signal(supervisor.request_stop, progress.phase), progress:
         status = supervisor.run(on_status=progress.status, on_ready=progress.ready)
     _end(console, progress, status, root)

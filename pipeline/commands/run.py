@@ -70,6 +70,7 @@ def run(
         from ..embedded_ray import may_fork
         from ..front.address import check_port
         from ..progress import PlainProgress
+        from ..ray_watch import begin_again
         from ..settings import load_settings
         from ..stop_signals import on_stop_signal
         from ..supervisor import Supervisor
@@ -81,7 +82,7 @@ def run(
             check_port(settings.serve)
         console = Console(highlight=False)
         progress = PlainProgress(console, captions=captions)
-        supervisor = Supervisor(settings, on_phase=progress.phase)
+        supervisor = Supervisor(settings, on_phase=progress.phase, leave=begin_again)
         with on_stop_signal(supervisor.request_stop, progress.phase):
             status = supervisor.run(
                 until_idle_s=until_idle_s,

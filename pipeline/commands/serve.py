@@ -76,12 +76,14 @@ def _serve(settings: Settings, out: Path) -> None:
     from ..embedded_ray import embedded_ray
     from ..front.address import base_url, check_port
     from ..progress import PlainProgress
+    from ..ray_watch import begin_again, unless_stopped
     from ..stop_signals import on_stop_signal
 
     check_port(settings.serve)
     progress = PlainProgress(Console(highlight=False))
     stop = threading.Event()
-    with on_stop_signal(stop.set, progress.phase), embedded_ray(settings, progress.phase):
+    leave = unless_stopped(stop, begin_again)
+    with on_stop_signal(stop.set, progress.phase), embedded_ray(settings, progress.phase, leave):
         from ..serving import describe_model, services  # which imports Ray: not before it is set up
 
         progress.phase("starting the LLM and the HTTP service on Ray Serve")

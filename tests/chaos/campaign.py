@@ -298,7 +298,8 @@ class Campaign:
         noticed = [
             line.time_s
             for line in self.service.lines
-            if strike.began_s < line.time_s <= life["time_s"] and (" failed (" in line.text or "[ended" in line.text)
+            if strike.began_s < line.time_s <= life["time_s"]
+            and any(mark in line.text for mark in (" failed (", "[ended", "Ray died ("))
         ]
 
         def last(name: str, default: float) -> float:

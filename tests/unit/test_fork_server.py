@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import psutil
 import pytest
@@ -60,6 +60,22 @@ from stormline.pipeline.fork_server import fork_server
 
 with fork_server(["json"]):
     subprocess.run(sys.argv[1:], check=True)
+    time.sleep(600)
+"""
+BEGIN_AGAIN = """
+import subprocess, sys, time
+from stormline.pipeline import fork_server as package
+from stormline.pipeline.ray_watch import SHORT_LIFE_S, SHORT_LIVES, begin_again
+
+again = SHORT_LIVES in package.os.environ
+if again and sys.argv[1] == "edited":
+    package._code = lambda: 0
+with package.fork_server(["json"]):
+    print(*(server.pid for server in package._running.values()), flush=True)
+    subprocess.run(sys.argv[2:], check=True, stdin=subprocess.DEVNULL)
+    if not again:
+        sys.stdin.readline()
+        begin_again("Ray died (raylet)", SHORT_LIFE_S, lambda text: None)
     time.sleep(600)
 """
 BUSY = """
@@ -131,23 +147,73 @@ def test_server_when_it_is_started_ahead_then_closing_ends_it():
     assert done.stdout.split() == ["began", "ended"]
 
 
-@pytest.mark.parametrize("job", ["", "01000000"])
-def test_worker_when_who_started_the_server_is_killed_then_it_ends_too(tmp_path, job):
+@pytest.fixture(params=["", "01000000"], ids=["any job", "one job"])
+def lasting(tmp_path, request):
+    """Return a function that runs a program with a lasting worker, which prints its number as it begins."""
     (tmp_path / "default_worker.py").write_text(LASTING)
     command = [sys.executable, str(WORKER_FILE), str(tmp_path / "default_worker.py"), "--language=PYTHON"]
-    environment = os.environ | ({"RAY_JOB_ID": job} if job else {})
-    run = subprocess.Popen([sys.executable, "-c", RUN_ON, *command], stdout=subprocess.PIPE, text=True, env=environment)
-    with run:
-        assert run.stdout
-        worker = psutil.Process(int(run.stdout.readline()))
+    environment = os.environ | ({"RAY_JOB_ID": request.param} if request.param else {})
+    with ExitStack() as stack:
 
-        run.kill()
+        def run(program, *arguments):
+            started = [sys.executable, "-c", program, *arguments, *command]
+            process = stack.enter_context(
+                subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            )
+            stack.callback(process.kill)
+            return process
 
-        try:
-            worker.wait(timeout=20)
-        finally:
-            with suppress(psutil.NoSuchProcess):
-                worker.kill()
+        yield run
+
+
+def next_process(run):
+    """Return the process whose number a program prints next."""
+    return psutil.Process(int(run.stdout.readline()))
+
+
+def wait_gone(process):
+    """Wait until a process is gone, which may be another's to wait for."""
+    try:
+        process.wait(timeout=20)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_worker_when_who_started_the_server_is_killed_then_it_ends_too(lasting):
+    run = lasting(RUN_ON)
+    worker = next_process(run)
+
+    run.kill()
+
+    wait_gone(worker)
+
+
+def test_server_when_the_program_begins_again_then_it_serves_on_and_its_workers_are_gone(lasting):
+    run = lasting(BEGIN_AGAIN, "same")
+    server, worker = next_process(run), next_process(run)
+    print(file=run.stdin, flush=True)
+
+    next_server, next_worker = next_process(run), next_process(run)
+
+    assert next_server == server
+    wait_gone(worker)
+    assert next_worker.is_running()
+    run.kill()
+    wait_gone(next_worker)
+    wait_gone(server)
+
+
+def test_server_when_the_package_was_edited_meanwhile_then_another_one_is_started(lasting):
+    run = lasting(BEGIN_AGAIN, "edited")
+    server, worker = next_process(run), next_process(run)
+    print(file=run.stdin, flush=True)
+
+    next_server = next_process(run)
+
+    assert next_server.pid != server.pid
+    wait_gone(worker)
+    wait_gone(server)
 
 
 def test_server_when_an_import_leaves_a_thread_then_it_says_so_and_ray_starts_the_workers(start):
