@@ -122,7 +122,7 @@ def rows_of_compacted(folder: DateFolder, path: Path) -> Iterator[FileRows]:
         FileNotFoundError: If it was compacted again meanwhile.
         TableError: If it is damaged.
     """
-    with _damage_told(path):
+    with damage_told(path):
         parts = read_parts(path)
     first_row = 0
     for part in parts:
@@ -163,7 +163,7 @@ def read_table(
 def _read_files(paths: Sequence[Path], schema: pa.Schema, names: list[str], wanted: ds.Expression | None) -> pa.Table:
     """Read all rows of some files."""
     try:
-        with _damage_told(paths[0]):
+        with damage_told(paths[0]):
             return ds.dataset([str(path) for path in paths], schema=schema, format="parquet").to_table(
                 names, filter=wanted
             )
@@ -176,7 +176,7 @@ def _read_files(paths: Sequence[Path], schema: pa.Schema, names: list[str], want
 def _read_range(rows: Sequence[FileRows], names: list[str]) -> pa.Table:
     """Read what follows each other in one file, all with a number of rows."""
     first, stop = rows[0].first_row, rows[-1].first_row + (rows[-1].n_rows or 0)
-    with _damage_told(rows[0].path), pq.ParquetFile(rows[0].path) as file:
+    with damage_told(rows[0].path), pq.ParquetFile(rows[0].path) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)])
         groups = range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, stop, "left")) + 1)
         before = int(ends[groups.start - 1]) if groups.start else 0
@@ -195,10 +195,13 @@ def _neighbours(rows: Iterable[FileRows]) -> Iterator[list[FileRows]]:
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def damage_told(path: Path) -> Iterator[None]:
     """Turn what is raised where a file does not hold what it should into an error that names it.
 
     Arrow says so in an `OSError` without a number, too; one with a number is the disk's, or a file that is gone.
+
+    Raises:
+        TableError: Instead.
     """
     try:
         yield

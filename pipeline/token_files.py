@@ -2,7 +2,8 @@
 
 A lane writes a file every few seconds, so that ten hours are thousands of them. What each holds, without the tokens
 themselves, is read once and kept: about 28 bytes a chunk, 1.2 MB a day of a stream at two frames a second. A question
-then opens only the files that have chunks it wants. Days that nothing was written to since are not looked at again.
+then opens only the files that have chunks it wants. Days that nothing was written to since are not looked at again,
+unless one of their files is damaged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -22,9 +24,10 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from ..models.last_used import LastUsed
+from ..operators.errors import TableError
 from .checkpoint import newest_committed
 from .chunk_index import ChunkIndex, PastChunk
-from .compacted_files import compacted_in, read_parts, while_files_move
+from .compacted_files import compacted_in, damage_told, read_parts, while_files_move
 from .parquet_sink import data_files_in, list_date_folders
 from .tables import TOKENS
 
@@ -57,7 +60,7 @@ class _StreamFiles:
 class _Folder:
     """What was seen of one date's folder."""
 
-    changed: tuple[int, int] = (-1, -1)  # its inode and time of change when last read whole; -1: read it again
+    changed: tuple[int, int] = _UNREAD  # its inode and time of change when last read whole; -1: read it again
     known: set[str] = field(default_factory=set)  # names of files that are in the index
 
 
@@ -78,28 +81,36 @@ class TokenFiles:
         self._refreshing = threading.Lock()  # guards what follows, for as long as files are listed and read
         self._found: dict[str, _StreamFiles] = {}
         self._folders: dict[str, _Folder] = {}
+        self._damaged: set[Path] = set()  # that were told of
         self._caching = threading.Lock()  # guards what follows, for moments
         self._cached: LastUsed[tuple[str, int], PastChunk] = LastUsed(CACHE_BYTES, attrgetter("tokens.nbytes"))
 
     def refresh(self) -> None:
-        """Take in what was committed since the last call; the first call reads what every file holds."""
+        """Take in what was committed since the last call; the first call reads what every file holds.
+
+        A damaged file is left out and told of once in the log; it is taken in when it was brought back.
+
+        Raises:
+            OSError: If the disk, or a limit on open files, does not let it; the next call begins where this one did.
+        """
         with self._refreshing:
             while_files_move(self._refresh)
 
     def _refresh(self) -> None:
         committed = newest_committed(self._root)
-        fresh = [file for date in self._changed_dates() for file in self._fresh_files(date, committed)]
-        fresh.sort(key=lambda file: (file.date, file.epoch))
-        for start in range(0, len(fresh), FILES_AT_ONCE):
-            batch = fresh[start : start + FILES_AT_ONCE]
-            try:
-                self._take_in(batch)
-            except FileNotFoundError:
-                for file in fresh[start:]:
-                    self._folders[file.date].changed = _UNREAD  # its date was compacted: to be listed again
-                raise
-            for file in batch:
-                self._folders[file.date].known.add(file.path.name)
+        dates: list[str] = []
+        fresh: list[_TokenFile] = []
+        try:
+            for date in self._changed_dates():
+                dates.append(date)
+                fresh += self._fresh_files(date, committed)
+            fresh.sort(key=lambda file: (file.date, file.epoch))
+            for start in range(0, len(fresh), FILES_AT_ONCE):
+                self._take_in_sound(fresh[start : start + FILES_AT_ONCE])
+        except BaseException:
+            for date in dates:
+                self._folders[date].changed = _UNREAD  # not all of it was taken in: to be listed again
+            raise
         self._streams = dict(self._found)
 
     def _changed_dates(self) -> Iterator[str]:
@@ -122,7 +133,8 @@ class TokenFiles:
                 known.known -= gone
             for path in compacted_in(folder):
                 if path.name not in known.known:
-                    yield _TokenFile(date, read_parts(path)[0].epoch, path)
+                    with self._left_out_if_damaged(date, path), damage_told(path):
+                        yield _TokenFile(date, read_parts(path)[0].epoch, path)
             for file in data_files_in(folder):
                 if file.temporary or file.path.name in known.known:
                     continue
@@ -140,9 +152,28 @@ class TokenFiles:
             else:
                 del self._found[name]
 
+    def _take_in_sound(self, files: Sequence[_TokenFile]) -> None:
+        try:
+            self._take_in(files)
+        except TableError:
+            for file in files:  # which of them it is
+                with self._left_out_if_damaged(file.date, file.path):
+                    self._take_in([file])
+
+    @contextmanager
+    def _left_out_if_damaged(self, date: str, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except TableError as error:
+            self._folders[date].changed = _UNREAD  # it may be brought back without another change of the folder
+            if path not in self._damaged:
+                self._damaged.add(path)
+                logger.error("token_file_left_out error=%s", error)
+
     def _take_in(self, files: Sequence[_TokenFile]) -> None:
         numbers = {str(file.path): len(self._paths) + i for i, file in enumerate(files)}
-        rows = ds.dataset(list(numbers), schema=TOKENS, format="parquet").to_table(_INDEX_COLUMNS)
+        with damage_told(files[0].path):
+            rows = ds.dataset(list(numbers), schema=TOKENS, format="parquet").to_table(_INDEX_COLUMNS)
         self._paths += numbers
         names = rows["__filename"].combine_chunks().dictionary_encode()
         file_numbers = np.array([numbers[name] for name in names.dictionary.to_pylist()], np.int32)
@@ -153,6 +184,8 @@ class TokenFiles:
         for i, stream_id in enumerate(streams.dictionary.to_pylist()):
             mine = stream_of_rows == i
             self._add(stream_id, index.where(mine), files_of_rows[mine])
+        for file in files:
+            self._folders[file.date].known.add(file.path.name)
 
     def _add(self, stream_id: str, index: ChunkIndex, files: np.ndarray) -> None:
         stream = self._found.get(stream_id, _StreamFiles())

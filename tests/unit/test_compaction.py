@@ -311,6 +311,20 @@ def test_tokens_when_compacted_after_they_were_looked_up_then_read_from_where_th
     assert fresh.streams() == tokens.streams()
 
 
+def test_tokens_when_a_compacted_file_is_damaged_then_the_others_are_there(tmp_path):
+    lanes = Lanes(tmp_path, count=1)
+    lanes.commit(8)
+    lanes.commit(8, day=1)
+    compact(tmp_path)
+    damaged = next(path for path in (tmp_path / "tokens/date=2026-01-31").iterdir() if is_compacted(path.name))
+    damaged.write_bytes(b"")
+    tokens = TokenFiles(tmp_path)
+
+    tokens.refresh()
+
+    assert tokens.streams()["cam-0"][2] == 8
+
+
 def test_tokens_when_compacted_files_are_being_read_then_what_they_took_in_is_not_missing(tmp_path):
     class LookedAtWhileReading(TokenFiles):
         def _take_in(self, files):

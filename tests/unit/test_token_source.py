@@ -1,6 +1,8 @@
 """Tokens by stream and time: out of memory, out of written Parquet folders, and across both."""
 
 import asyncio
+import errno
+import os
 import threading
 from dataclasses import replace
 
@@ -107,6 +109,18 @@ class AskedWhileReading(TokenFiles):
 
     def _ask(self):
         self.answers.append((self.span("gate"), self.streams(), len(self.index("gate", 0, 2 * NOON_NS))))
+
+
+def settled_days(root, n_days):
+    """Commit three chunks to each of some days, each in a file of its own; return the days' files, long settled."""
+    folder = Folder(root)
+    for day in range(n_days):
+        for index in range(3):
+            folder.commit(make_chunk(index, origin_ns=NOON_NS + day * 24 * 3600 * S_NS))
+    days = sorted((root / "tokens").iterdir())
+    for date in days:
+        os.utime(date, (NOON_NS // S_NS, NOON_NS // S_NS))
+    return [sorted(date.iterdir()) for date in days]
 
 
 def read_all(source, start_s=0, end_s=10**5, stream="gate"):
@@ -220,6 +234,48 @@ def test_files_when_recovery_took_one_away_then_the_rest_is_read(tmp_path):
     next((tmp_path / "tokens").rglob("*epoch-00000001.parquet")).unlink()
 
     assert read_all(source) == [1]
+
+
+def test_files_when_the_disk_fails_once_then_the_next_refresh_has_everything(tmp_path, monkeypatch):
+    from stormline.pipeline import token_files
+
+    settled_days(tmp_path, n_days=2)
+    files = TokenFiles(tmp_path)
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+    real = token_files.ds.dataset
+
+    def fail_once(paths, **how):
+        if failures:
+            raise failures.pop()
+        return real(paths, **how)
+
+    monkeypatch.setattr(token_files.ds, "dataset", fail_once)
+
+    with pytest.raises(OSError, match="Too many open files"):
+        files.refresh()
+    files.refresh()
+
+    assert files.span("gate")[2] == 6
+
+
+@pytest.mark.parametrize("left", [0, 200])
+def test_files_when_one_is_damaged_then_it_alone_is_left_out_and_told_of_once(tmp_path, caplog, left):
+    days = settled_days(tmp_path, n_days=3)
+    damaged = days[1][0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:left])
+    files = TokenFiles(tmp_path)
+
+    for _ in range(3):
+        files.refresh()
+
+    assert files.span("gate")[2] == 8
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"{damaged} is damaged" in told
+
+    damaged.write_bytes(whole)  # brought back, which does not change the folder's time
+    files.refresh()
+    assert files.span("gate")[2] == 9
 
 
 def test_files_when_a_range_is_short_then_only_its_files_are_opened(tmp_path, monkeypatch):
