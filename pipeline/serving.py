@@ -252,8 +252,7 @@ class LlmClient(_Llm):
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
             try:
-                llm = self._handle or await asyncio.to_thread(self._connect)
-                return await asyncio.wait_for(llm.answer.remote(prompt), self._timeout_s)
+                return await self._attempt(prompt)
             except ValueError as e:  # of this class is Ray's error, where the model's own check raised one
                 raise PromptError(str(getattr(e, "cause", None) or e)) from e
             except Exception as e:  # noqa: BLE001 (the edge to another process: whatever came out of it)
@@ -265,6 +264,15 @@ class LlmClient(_Llm):
             f"The LLM deployment {LLM_APP!r} gave no answer in {ATTEMPTS} attempts of up to {self._timeout_s:.0f} s; "
             f"last: {last!r}. See its logs; the lane restarts from its checkpoint."
         ) from last
+
+    async def _attempt(self, prompt: VideoPrompt) -> VideoAnswer:
+        llm = self._handle or await asyncio.to_thread(self._connect)
+        response = llm.answer.remote(prompt)
+        try:
+            return await asyncio.wait_for(response, self._timeout_s)
+        except (TimeoutError, asyncio.CancelledError):
+            response.cancel()  # who stops waiting stops nothing in the deployment: it would be written to its end
+            raise
 
 
 class StoreClient(_Store):

@@ -6,9 +6,9 @@ import pickle
 import pytest
 from ray.serve.exceptions import RayServeException
 
-from stormline.operators.errors import PromptError
+from stormline.operators.errors import PromptError, ServiceError
 from stormline.pipeline import serving
-from stormline.pipeline.serving import CONNECT_WITHIN_S, LlmClient, StartingServices, StoreClient
+from stormline.pipeline.serving import ATTEMPTS, CONNECT_WITHIN_S, LlmClient, StartingServices, StoreClient
 from stormline.pipeline.settings import load_settings
 
 
@@ -26,6 +26,20 @@ class Handle:
 
     def remote(self, *args):
         self.calls.append((self.name, *args))
+
+
+class SilentResponse:
+    """An answer that never comes."""
+
+    def __init__(self):
+        self.waited_for, self.cancelled = asyncio.Event(), False
+
+    def __await__(self):
+        self.waited_for.set()
+        return asyncio.get_running_loop().create_future().__await__()
+
+    def cancel(self):
+        self.cancelled = True
 
 
 class Clock:
@@ -116,6 +130,31 @@ def test_llm_client_when_many_are_asked_at_once_then_only_so_many_are_under_way(
 
     assert asyncio.run(ask_all()) == list(range(8))
     assert max(most) == 2
+
+
+def test_llm_client_when_an_answer_takes_too_long_then_it_is_not_written_on(late, monkeypatch):
+    monkeypatch.setattr(serving, "RETRY_WAIT_S", 0.0)
+    responses = []
+    late.remote = lambda prompt: responses.append(SilentResponse()) or responses[-1]
+
+    with pytest.raises(ServiceError, match="gave no answer"):
+        asyncio.run(LlmClient(timeout_s=0.01)("video"))
+
+    assert [response.cancelled for response in responses] == [True] * ATTEMPTS
+
+
+def test_llm_client_when_its_caller_leaves_then_the_answer_is_not_written_on(late):
+    async def leave():
+        response = SilentResponse()
+        late.remote = lambda prompt: response
+        asking = asyncio.create_task(LlmClient(timeout_s=60.0)("video"))
+        await response.waited_for.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        return response.cancelled
+
+    assert asyncio.run(leave())
 
 
 def test_store_client_when_the_store_never_comes_then_says_so(monkeypatch, clock):
