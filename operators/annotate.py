@@ -175,8 +175,11 @@ class Annotate:
                 pending += [self._ask_about(window, stream) for window in closed]
                 stream.scene = None
                 stream.alerts = {}  # what holds at a session's end is told once more if the next one begins with it
-        # Of a query that watches no more, and whose last window is over, nothing is known of what comes later.
-        stream.alerts = {q: v for q, v in stream.alerts.items() if q in queries or q in stream.windows}
+        # Of an alert that watches no more, or is one no more, and whose last window is over, nothing is known of what
+        # comes later.
+        asked = (*queries.values(), *(window.query for window in stream.windows.values()))
+        watching = {query.id for query in asked if query.kind == "alert"}
+        stream.alerts = {query_id: verdict for query_id, verdict in stream.alerts.items() if query_id in watching}
         if stream.empty:
             del streams[meta.stream_id]
         return pending

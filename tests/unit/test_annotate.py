@@ -393,6 +393,26 @@ def test_queries_when_an_alert_watches_a_stream_no_more_then_what_held_before_me
     assert [told(out) for out in outs] == [["+0"], [], ["+12"]]
 
 
+def test_queries_when_an_alert_is_a_caption_for_a_while_then_what_held_before_means_nothing_later():
+    queries = Changing(alert(window_s=4))
+    rows = [segment_row(i, index=i) for i in range(3)]
+    captions = [barrier_row(3), *(segment_row(4 + i, index=3 + i) for i in range(4))]
+    back = [barrier_row(8), *(segment_row(9 + i, index=7 + i) for i in range(4))]
+    stages = [
+        (lambda: None, rows),
+        (lambda: setattr(queries, "now", [query("alert", window_s=4)]), captions),
+        (lambda: setattr(queries, "now", [alert(window_s=4)]), back),
+    ]
+
+    outs = run_with_changes(queries, saying("y" * 11), stages)
+
+    assert [[(r.kind, r.alert) for r in results(out)] for out in outs] == [
+        [("alert", True)],
+        [("caption", False)],
+        [("caption", False), ("alert", True)],
+    ]
+
+
 def test_queries_when_they_cannot_be_read_then_the_last_ones_stay():
     queries = Changing(query("a"))
     fail = lambda: setattr(queries, "now", SettingsError("half a file"))  # noqa: E731
