@@ -265,6 +265,8 @@ class StandIn:
             600,
         )
         self.key, self.fails, self.hold_events = key, False, False
+        self.hidden = []  # queries of which no event tells
+        self.results = []  # what is listed, the oldest first
         self.asked = []  # questions; none is ever answered
         self._rows = []
         self._n_rows = 0
@@ -278,9 +280,7 @@ class StandIn:
     def say(self, stream, kind="caption", *, alert=False, session="1", answer="a van", query="smoke"):
         """Have a row come over the event stream."""
         self._n_rows += 1
-        row = {"query_id": query, "kind": kind, "stream_id": stream, "session": session, "answer": answer}
-        start, end = _moment(self._n_rows), _moment(self._n_rows + 4)
-        self._rows.append({**row, "alert": alert, "start_time": start, "end_time": end})
+        self._rows.append(_row(self._n_rows, stream, kind, alert=alert, session=session, answer=answer, query=query))
 
     def card(self, stream):
         return self.page.locator(f".stream[data-stream={stream}]")
@@ -303,12 +303,22 @@ class StandIn:
                 {"status": 500, "json": {}} if self.fails else {"json": {"data": list(map(self._entry, self.states))}}
             )
             route.fulfill(**listed)
+        elif path == "/v1/queries":
+            queries = [{"id": name, "sinks": {"events": name not in self.hidden}} for name in self.queries]
+            route.fulfill(json={"data": queries})
         elif path != "/v1/events":
-            route.fulfill(json={"data": [{"id": query} for query in self.queries] if path == "/v1/queries" else []})
+            found = [row for row in self.results if path in ("/v1/results", f"/v1/streams/{row['stream_id']}/captions")]
+            route.fulfill(json={"data": found})
 
     def _entry(self, name):
         entry = {"id": name, "state": self.states[name], "session": self.session, "lag_s": 0.1, "lag_records": 0}
         return {**entry, "first_time": _moment(-self.span_s), "last_time": _moment(0), "picture_time": None}
+
+
+def _row(at_s, stream, kind="caption", *, alert=False, session="1", answer="a van", query="smoke"):
+    """Return a result whose window begins so many seconds from now, as the service tells it."""
+    row = {"query_id": query, "kind": kind, "stream_id": stream, "session": session, "answer": answer}
+    return {**row, "alert": alert, "start_time": _moment(at_s), "end_time": _moment(at_s + 4)}
 
 
 def _moment(seconds):
@@ -337,11 +347,17 @@ def over_the_query(stand_in):
     stand_in.queries = ["another"]
 
 
+def over_as_no_event_tells(stand_in):
+    stand_in.hidden = ["smoke"]
+
+
 def over_by_a_caption(stand_in):
     stand_in.say("a", session="2")
 
 
-@pytest.mark.parametrize("end", [over_the_session, over_the_stream, over_the_query, over_by_a_caption])
+@pytest.mark.parametrize(
+    "end", [over_the_session, over_the_stream, over_the_query, over_as_no_event_tells, over_by_a_caption]
+)
 def test_alert_when_what_it_was_of_is_over_then_its_stream_is_no_longer_marked(stand_in, end):
     expect = playwright.expect
     if end is over_by_a_caption:
@@ -352,6 +368,19 @@ def test_alert_when_what_it_was_of_is_over_then_its_stream_is_no_longer_marked(s
     end(stand_in)
 
     expect(stand_in.card("a")).to_have_class("stream", timeout=WAIT_MS)
+
+
+def test_results_when_they_are_not_for_the_events_then_the_page_has_them_nowhere_after_a_reload(stand_in):
+    expect, page = playwright.expect, stand_in.page
+    stand_in.queries, stand_in.hidden = ["smoke", "secret"], ["secret"]
+    secret = _row(-40, "a", "alert", alert=True, answer="a secret", query="secret")
+    stand_in.results = [secret, _row(-20, "a", answer="a van")]
+
+    page.reload()
+
+    expect(page.locator("#feed li .what")).to_have_text(["a van"])
+    expect(page.locator("#marks .mark")).to_have_count(1)
+    expect(stand_in.card("a")).to_have_class("stream")
 
 
 def test_key_when_escape_is_pressed_again_and_again_then_it_can_still_be_given(browser):

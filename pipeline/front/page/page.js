@@ -84,7 +84,7 @@ class Card {
     this.keepAlerts((alert) => alert.session === row.session || alert.start_time > row.start_time);
   }
 
-  /** Of a session that is over, or a query that is gone, nothing tells that its alert is over, too. */
+  /** Of a session that is over, or a query that is gone or hidden, nothing tells that its alert is over, too. */
   keepAlerts(stands) {
     for (const [query, alert] of this.alerts) if (!stands(alert)) this.alerts.delete(query);
     this.button.classList.toggle("alerting", this.alerts.size > 0);
@@ -140,8 +140,14 @@ function arrange(parent, order) {
 async function dropAlertsOfGoneQueries() {
   const listed = await get("v1/queries").catch(() => null);
   if (!listed) return; // looked at again with the next list
-  const ids = new Set(listed.data.map((query) => query.id));
+  const ids = new Set(listed.data.filter((query) => query.sinks.events).map((query) => query.id));
   for (const card of cards.values()) card.keepAlerts((alert) => ids.has(alert.query_id));
+}
+
+/** Return the ids of the queries that no event tells of; none where they cannot be read, as the service does it. */
+async function hiddenQueries(options = {}) {
+  const { data } = await get("v1/queries", options).catch(() => ({ data: [] }));
+  return new Set(data.filter((query) => !query.sinks.events).map((query) => query.id));
 }
 
 function choose(id, more = false) {
@@ -189,10 +195,10 @@ async function loadMarks() {
   loadingMarks?.abort();
   const { signal } = (loadingMarks = new AbortController());
   const since = new Date(view.start - 60_000).toISOString();
-  const lists = await Promise.all([...chosen].map((id) =>
-    get(`v1/streams/${encodeURIComponent(id)}/captions?limit=${MAX_MARKS}&since=${since}`, { signal }).catch(() => ({ data: [] }))));
+  const [hidden, ...lists] = await Promise.all([hiddenQueries({ signal }), ...[...chosen].map((id) =>
+    get(`v1/streams/${encodeURIComponent(id)}/captions?limit=${MAX_MARKS}&since=${since}`, { signal }).catch(() => ({ data: [] })))]);
   if (signal.aborted) return;
-  marks = lists.flatMap((list) => list.data);
+  marks = lists.flatMap((list) => list.data).filter((row) => !hidden.has(row.query_id));
   timeline.mark(marks);
 }
 
@@ -419,11 +425,12 @@ async function keepStreamsFresh() {
 }
 
 follow((row) => take(row, true), (state) => showReached("events", state === "open"));
-get("v1/results?limit=100").then(({ data }) => {
+Promise.all([hiddenQueries(), get("v1/results?limit=100")]).then(([hidden, { data }]) => {
   const newer = rows; // came meanwhile
   rows = [];
   known.clear();
-  for (const row of [...data, ...newer.reverse()]) take(row, false);
+  const listed = data.filter((row) => !hidden.has(row.query_id));
+  for (const row of [...listed, ...newer.reverse()]) take(row, false);
   drawFeed();
 }).catch(() => {});
 keepStreamsFresh();
