@@ -23,7 +23,7 @@ MOST_ENDED = 1000  # streams of a partition that are remembered after their end
 # be written, and those after the year 9999 not be read by Python.
 MAX_TIME_NS = 7_258_118_400 * 10**9
 MAX_TIME_MS = MAX_TIME_NS // 10**6
-MAX_SEQ = 2**63 - 2
+MAX_SEQ = 2**62  # tables hold 64 bits, and records without `seq` are counted on from it
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@ import json
 import pytest
 
 from stormline.operators.errors import CheckpointError
-from stormline.pipeline.sessions import MOST_ENDED, Record, SessionTracker
+from stormline.operators.rows import DeadLetter
+from stormline.pipeline.sessions import MAX_SEQ, MOST_ENDED, Record, SessionTracker
+from stormline.pipeline.tables import dead_letters_table
 
 T0_NS = 1_700_000_000_000_000_000
 
@@ -154,6 +156,15 @@ def test_start_when_it_is_beyond_what_can_be_written_then_the_records_timestamp_
 
     assert (segment.meta.start_ns, segment.meta.seq) == (T0_NS, 0)
     assert [d.reason for d in segment.dead_letters] == ["bad_header", "bad_header"]
+
+
+def test_seq_when_it_is_the_largest_allowed_then_what_is_counted_on_from_it_can_still_be_written():
+    tracker = SessionTracker()
+
+    metas = [tracker.take(record(i, session="s1", **seq)).meta for i, seq in enumerate([{"seq": MAX_SEQ}, {}, {}])]
+
+    table = dead_letters_table([DeadLetter.of(meta, "not_media", "") for meta in metas])
+    assert table["seq"].to_pylist() == [MAX_SEQ, MAX_SEQ + 1, MAX_SEQ + 2]
 
 
 @pytest.mark.parametrize("name", ["door", None])
