@@ -60,12 +60,13 @@ class LagPolicy:
         """Tell whether a stream's next record is to be skipped.
 
         Once one is, so are the following ones up to the rule's lower limit: else every few records would be a gap.
+        One without a usable timestamp (0) has no age, and is taken.
         """
         rule = self._find(stream[2])
         if rule is None or rule.policy != "skip":
             return False
         limit_s = rule.resume_s if stream in self._skipping else rule.max_lag_s
-        too_old = self._clock_ns() - append_ns > limit_s * 1e9
+        too_old = append_ns > 0 and self._clock_ns() - append_ns > limit_s * 1e9
         (self._skipping.add if too_old else self._skipping.discard)(stream)
         return too_old
 

@@ -299,6 +299,21 @@ def test_source_when_the_last_record_of_a_session_is_too_old_then_it_is_taken_al
     assert (last.offset, last.end, last.gap_segments) == (2, True, 2)
 
 
+@pytest.mark.parametrize("timestamp", [None, -1, 1_700_000_000_000_000], ids=["none", "-1", "microseconds"])
+def test_source_when_records_have_no_usable_timestamp_then_none_is_too_old_and_one_ends_what_is_skipped(
+    read, timestamp
+):
+    def make(tp, offset):
+        made = aged(1000, 100)(tp, offset)
+        made.timestamp = made.timestamp if offset == 0 else timestamp
+        return made
+
+    rows = read({VIDEO: (0, 4)}, 20, next_offsets={}, make=make, interval_s=0.0, lag=(LagRule(policy="skip"),))
+
+    metas = [Segment.from_row(row).meta for row in rows if row.kind == Segment.KIND]
+    assert [(meta.offset, meta.gap_segments) for meta in metas] == [(1, 1), (2, 0), (3, 0)]
+
+
 def test_source_when_a_stream_waits_then_another_of_its_partition_may_still_be_skipped(read):
     def make(tp, offset):
         made = aged(1000, 100)(tp, offset // 2)
