@@ -11,19 +11,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from ..operators.errors import CheckpointError
 from ..operators.rows import DeadLetter, Segment, SegmentMeta
 
-CURSOR_VERSION = 3
-READABLE_VERSIONS = (2, CURSOR_VERSION)
+CURSOR_VERSION = 4
+READABLE_VERSIONS = (2, 3, CURSOR_VERSION)
 SESSION_IDLE_S = 3600.0
+MOST_EARLIER = 8  # sessions of a stream that are remembered behind its newest: no record comes more restarts late
 MOST_ENDED = 1000  # streams of a partition that are remembered after their end
 # The year 2200: later times are mistakes, as of microseconds for milliseconds. Those near the end of 64 bits could not
 # be written, and those after the year 9999 not be read by Python.
 MAX_TIME_NS = 7_258_118_400 * 10**9
 MAX_TIME_MS = MAX_TIME_NS // 10**6
 MAX_SEQ = 2**62  # tables hold 64 bits, and records without `seq` are counted on from it
+
+
+class EarlierSession(NamedTuple):
+    """One that another session of its stream has followed: its late records are dropped, not taken for a new one."""
+
+    said: str  # its publisher's name for it
+    session: str  # ours
+    next_seq: int  # records from there on were never taken
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,22 @@ class StreamCursor:
     session_start_ns: int  # start_ns of the first segment seen of the session
     next_seq: int
     ended: bool = False
-    previous_session: str | None = None  # its late records are dropped, not taken for a new session
-    previous_next_seq: int = 0  # of that session: records from there on were never taken
+    earlier: tuple[EarlierSession, ...] = ()  # the newest last, `MOST_EARLIER` at most
     skipped: int = 0  # segments that were skipped since the newest one taken
     said: str | None = None  # the session as its publisher calls it, where it ended one of that name before
     heard_ns: int = 0  # its partition's time at its newest record
     silent: bool = False  # silence ended the session, not its publisher
+
+    def find_earlier(self, said: str | None) -> EarlierSession | None:
+        """Return the session that a record's header names, where that is one of those before."""
+        if said in (None, self.session, self.said):
+            return None
+        return next((e for e in reversed(self.earlier) if said in (e.said, e.session)), None)
+
+    def followed(self) -> tuple[EarlierSession, ...]:
+        """Return the earlier sessions of a session that follows this one."""
+        mine = EarlierSession(self.session if self.said is None else self.said, self.session, self.next_seq)
+        return (*self.earlier, mine)[-MOST_EARLIER:]
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,8 @@ class SessionTracker:
     def __init__(self, idle_s: float = SESSION_IDLE_S):
         self._idle_ns = round(idle_s * 1e9)
         self._partitions: dict[tuple[str, int], _Partition] = {}
-        self._strays: dict[tuple[str, int, str], DeadLetter] = {}  # of records beside the session, by stream
+        # Of records beside their stream's session, by stream and by the session that they are of.
+        self._strays: dict[tuple[str, int, str, str], DeadLetter] = {}
         counted = ("records", "bytes", "duplicates", "gaps", "bad_headers", "skipped", "strays")
         self.counters: dict[str, int] = dict.fromkeys(counted, 0)
 
@@ -167,13 +188,14 @@ class SessionTracker:
         partition = self._partition_of(record)
         before = partition.streams.get(name)
 
-        placed = _place(before, headers, record, partition.forgot)
+        earlier = before.find_earlier(headers.session) if before is not None else None
+        if before is not None and earlier is not None and _is_stray(earlier, headers):
+            self._note_stray(name, before, earlier, record)
+            partition.put(name, _after_stray(before, earlier, headers))
+            return None
+        placed = _place(before, headers, record, partition.forgot) if earlier is None else None
         if placed is None:
-            if before is not None and _is_stray(before, headers):
-                partition.put(name, replace(before, previous_next_seq=(headers.seq or 0) + 1))
-                self._note_stray(name, before, record)
-            else:
-                self.counters["duplicates"] += 1
+            self.counters["duplicates"] += 1
             return None
         cursor, seq, missing = placed
         start_ns = headers.start_ns if headers.start_ns is not None else record.append_ns
@@ -207,19 +229,18 @@ class SessionTracker:
         letters, self._strays = [*self._strays.values()], {}
         return letters
 
-    def _note_stray(self, name: str, cursor: StreamCursor, record: Record) -> None:
+    def _note_stray(self, name: str, cursor: StreamCursor, earlier: EarlierSession, record: Record) -> None:
         self.counters["strays"] += 1
-        key = (record.topic, record.partition, name)
+        key = (record.topic, record.partition, name, earlier.session)
         n_bytes = len(record.value or b"")
         if key in self._strays:
             self._strays[key] = replace(self._strays[key], n_bytes=self._strays[key].n_bytes + n_bytes)
             return
         detail = (
-            f"records of session {cursor.previous_session!r} came from offset {record.offset} on, after session "
+            f"records of session {earlier.session!r} came from offset {record.offset} on, after session "
             f"{cursor.session!r} had begun, and were left out; do two publishers send as stream {name!r}?"
         )
-        meta = _meta(name, cursor, record, seq=cursor.previous_next_seq, n_bytes=n_bytes)
-        meta = replace(meta, session=cursor.previous_session or "")
+        meta = replace(_meta(name, cursor, record, seq=earlier.next_seq, n_bytes=n_bytes), session=earlier.session)
         self._strays[key] = DeadLetter.of(meta, "two_sessions", detail)
 
     def snapshot(self) -> dict[tuple[str, int], bytes]:
@@ -241,7 +262,7 @@ class SessionTracker:
                     f"source state of {topic}[{partition}] has version {state['version']}, expected {CURSOR_VERSION}: "
                     "it was written by another stormline; use that one, or a new output folder"
                 )
-            streams = {name: StreamCursor(**cursor) for name, cursor in state["streams"].items()}
+            streams = {name: _unpack_cursor(cursor) for name, cursor in state["streams"].items()}
             tracker._partitions[topic, partition] = _Partition(
                 streams, state.get("clock_ns", 0), state.get("forgot", False)
             )
@@ -289,6 +310,15 @@ def _pack(partition: _Partition) -> bytes:
     return json.dumps(state).encode()
 
 
+def _unpack_cursor(state: dict[str, Any]) -> StreamCursor:
+    earlier = state.pop("earlier", [])
+    # Before version 4 a cursor had one earlier session, by our name alone.
+    previous, previous_next_seq = state.pop("previous_session", None), state.pop("previous_next_seq", 0)
+    if previous is not None:
+        earlier = [(previous, previous, previous_next_seq)]
+    return StreamCursor(**state, earlier=tuple(EarlierSession(*each) for each in earlier))
+
+
 @dataclass(frozen=True)
 class _Headers:
     session: str | None = None
@@ -301,13 +331,15 @@ class _Headers:
 def _place(
     cursor: StreamCursor | None, headers: _Headers, record: Record, forgot: bool
 ) -> tuple[StreamCursor, int, int] | None:
-    """Return the cursor to go on with, the record's seq and the segments missing before it; None for a repeat."""
+    """Place a record of its stream's session, or of one that begins with it.
+
+    Returns:
+        The cursor to go on with, the record's seq and the segments missing before it; None for a repeat.
+    """
     session = headers.session if headers.session is not None else (cursor.session if cursor else "")
     if cursor is not None and cursor.said is not None and session == cursor.said:
         session = cursor.session
     is_new = cursor is None or session != cursor.session or (cursor.ended and (headers.seq is None or cursor.silent))
-    if cursor is not None and session == cursor.previous_session:
-        return None
     if is_new:
         seq = headers.seq or 0
         said = None
@@ -320,8 +352,7 @@ def _place(
             session,
             session_start_ns=-1,
             next_seq=seq,
-            previous_session=cursor.session if cursor else None,
-            previous_next_seq=cursor.next_seq if cursor else 0,
+            earlier=cursor.followed() if cursor else (),
             said=said,
         )
         return fresh, seq, seq - before.next_seq if before is not None and seq >= before.next_seq else seq
@@ -332,11 +363,15 @@ def _place(
     return cursor, seq, seq - cursor.next_seq
 
 
-def _is_stray(cursor: StreamCursor, headers: _Headers) -> bool:
-    """Tell whether a record that was dropped is of the session before, and was never taken."""
-    if headers.session in (None, cursor.said) or headers.session != cursor.previous_session:
-        return False
-    return headers.seq is not None and headers.seq >= cursor.previous_next_seq
+def _is_stray(earlier: EarlierSession, headers: _Headers) -> bool:
+    """Tell whether a record of an earlier session, which is dropped, was never taken."""
+    return headers.seq is not None and headers.seq >= earlier.next_seq
+
+
+def _after_stray(cursor: StreamCursor, earlier: EarlierSession, headers: _Headers) -> StreamCursor:
+    """Return the cursor that knows a stray: should it come once more, it is a repeat."""
+    told = earlier._replace(next_seq=(headers.seq or 0) + 1)
+    return replace(cursor, earlier=tuple(told if e is earlier else e for e in cursor.earlier))
 
 
 def ends_session(record: Record) -> bool:

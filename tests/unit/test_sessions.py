@@ -259,6 +259,18 @@ def test_snapshot_when_of_the_version_before_then_its_streams_go_on_and_silence_
     assert [(s.meta.stream_id, s.meta.session, s.meta.seq) for s in segments] == [("other", "s1", 0), ("cam", "s1", 4)]
 
 
+def test_snapshot_when_of_the_version_before_then_late_records_of_the_session_before_are_still_dropped():
+    cursor = {"session": "s2", "session_start_ns": T0_NS, "next_seq": 1, "said": None, "heard_ns": T0_NS}
+    before = {"previous_session": "s1", "previous_next_seq": 4}
+    old = json.dumps({"version": 3, "clock_ns": T0_NS, "streams": {"cam": cursor | before}}).encode()
+    tracker = SessionTracker.restore({("video", 0): old})
+
+    segments = take_all(tracker, [published(9, 3), published(10, 4), published(11, 1, "s2")])
+
+    assert [(s.meta.session, s.meta.seq) for s in segments] == [("s2", 1)]
+    assert (tracker.counters["duplicates"], tracker.counters["strays"]) == (1, 1)
+
+
 def test_streams_when_a_great_many_have_ended_then_the_state_stays_small_and_no_session_comes_twice():
     tracker = SessionTracker()
     names = [b"upload-%d" % i for i in range(MOST_ENDED + 500)]
@@ -286,3 +298,69 @@ def test_session_when_two_publishers_send_as_one_stream_then_what_is_left_out_is
     assert letter.n_bytes == 49 * len(b"media")
     assert "do two publishers send as stream 'cam'?" in letter.detail
     assert (tracker.counters["strays"], tracker.counters["duplicates"], tracker.take_letters()) == (49, 0, [])
+
+
+def in_lives(records, idle_s=3600.0):
+    """Return a tracker that was restored before each record, and what it took."""
+    tracker, segments = SessionTracker(idle_s), []
+    for each in records:
+        counters, tracker = tracker.counters, SessionTracker.restore(tracker.snapshot(), idle_s)
+        tracker.counters = counters
+        segments += take_all(tracker, [each])
+    return tracker, segments
+
+
+def test_session_when_the_newer_of_two_publishers_starts_again_then_the_older_stays_left_out():
+    order = [("A", 0), ("A", 1), ("B", 0), ("A", 2), ("B2", 0), ("A", 3), ("B2", 1), ("A", 4), ("B2", 2)]
+
+    tracker, segments = in_lives([published(i, seq, session) for i, (session, seq) in enumerate(order)])
+
+    assert [(s.meta.session, s.meta.seq, s.meta.gap_segments) for s in segments] == [
+        *[("A", 0, 0), ("A", 1, 0)],
+        ("B", 0, 0),
+        *[("B2", 0, 0), ("B2", 1, 0), ("B2", 2, 0)],
+    ]
+    assert (tracker.counters["strays"], tracker.counters["duplicates"]) == (3, 0)
+
+
+def test_session_when_a_record_of_two_sessions_before_is_repeated_then_the_newest_goes_on():
+    order = [("A", 0), ("A", 1), ("B", 0), ("C", 0), ("A", 1), ("C", 1), ("C", 2)]
+
+    tracker, segments = in_lives([published(i, seq, session) for i, (session, seq) in enumerate(order)])
+
+    taken = [(s.meta.session, s.meta.seq) for s in segments]
+    assert taken == [("A", 0), ("A", 1), ("B", 0), ("C", 0), ("C", 1), ("C", 2)]
+    assert (tracker.counters["strays"], tracker.counters["duplicates"], tracker.take_letters()) == (0, 1, [])
+
+
+def test_session_when_it_came_back_from_silence_and_another_followed_then_its_late_record_begins_none():
+    others = [heard(1 + i, i, 3 * i, key=b"other") for i in range(25)]
+    last = [heard(40, 1, 75), heard(41, 0, 76, session="s2"), heard(42, 2, 77), heard(43, 1, 78, session="s2")]
+
+    tracker, segments = in_lives([heard(0, 0, 0), *others, *last], idle_s=60)
+
+    taken = [(s.meta.session, s.meta.seq) for s in segments if s.meta.stream_id == "cam"]
+    assert taken == [("s1", 0), ("s1", 1), ("s1@video-0-40", 1), ("s2", 0), ("s2", 1)]
+    assert (tracker.counters["strays"], tracker.counters["duplicates"]) == (1, 0)
+
+
+def test_session_when_a_great_many_follow_each_other_then_the_newest_few_are_remembered():
+    tracker, _ = in_lives([published(i, 0, f"s{i}") for i in range(20)])
+
+    tracker.take(published(20, 1, "s11"))
+    size = len(tracker.snapshot()["video", 0])
+    for i in range(21, 40):
+        tracker.take(published(i, 0, f"s{i}"))
+
+    assert tracker.counters["strays"] == 1
+    assert len(tracker.snapshot()["video", 0]) == size
+
+
+def test_session_when_records_of_two_earlier_ones_come_late_then_each_has_its_row():
+    tracker = SessionTracker()
+    order = [("A", 0), ("B", 0), ("C", 0), ("A", 1), ("B", 1), ("A", 2)]
+
+    take_all(tracker, [published(i, seq, session) for i, (session, seq) in enumerate(order)])
+
+    letters = tracker.take_letters()
+    assert [(letter.session, letter.offset, letter.n_bytes) for letter in letters] == [("A", 3, 10), ("B", 4, 5)]
