@@ -364,13 +364,18 @@ def _place(
 
 
 def _is_stray(earlier: EarlierSession, headers: _Headers) -> bool:
-    """Tell whether a record of an earlier session, which is dropped, was never taken."""
-    return headers.seq is not None and headers.seq >= earlier.next_seq
+    """Tell whether a record of an earlier session, which is dropped, was never taken.
+
+    Without `seq` nothing shows that it was, and each offset comes once.
+    """
+    return headers.seq is None or headers.seq >= earlier.next_seq
 
 
 def _after_stray(cursor: StreamCursor, earlier: EarlierSession, headers: _Headers) -> StreamCursor:
-    """Return the cursor that knows a stray: should it come once more, it is a repeat."""
-    told = earlier._replace(next_seq=(headers.seq or 0) + 1)
+    """Return the cursor that knows a stray: should its seq come once more, it is a repeat."""
+    if headers.seq is None:
+        return cursor
+    told = earlier._replace(next_seq=headers.seq + 1)
     return replace(cursor, earlier=tuple(told if e is earlier else e for e in cursor.earlier))
 
 

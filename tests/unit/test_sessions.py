@@ -286,9 +286,14 @@ def test_streams_when_a_great_many_have_ended_then_the_state_stays_small_and_no_
     assert len({(s.meta.stream_id, s.meta.session) for s in (*first, *again)}) == 2 * len(names)
 
 
-def test_session_when_two_publishers_send_as_one_stream_then_what_is_left_out_is_told_once():
+@pytest.mark.parametrize("numbered", [True, False], ids=["with seq", "without seq"])
+def test_session_when_two_publishers_send_as_one_stream_then_what_is_left_out_is_told_once(numbered):
     tracker = SessionTracker()
-    records = [published(2 * i + k, i, session) for i in range(50) for k, session in enumerate("AB")]
+    records = [
+        record(2 * i + k, session=session, **({"seq": i} if numbered else {}))
+        for i in range(50)
+        for k, session in enumerate("AB")
+    ]
 
     segments = take_all(tracker, records)
 
