@@ -82,7 +82,7 @@ class RunStatus:
     lag_s: float  # age of what is committed, of the lane that is furthest behind; -1 where unknown
     commit_p50_ms: float
     commit_p95_ms: float
-    idle_s: float  # since any lane's newest record; 0 while a lane has not started
+    idle_s: float  # since any lane's newest record; 0 while a lane that has something to read is not up
     model_name: str = ""
     model_trained: bool = True
     newest: tuple[Any, ...] = ()
@@ -517,6 +517,8 @@ class Supervisor:
         now = [slot.status for slot in self._slots if slot.status is not None]
         ever = now + [status for slot in self._slots for status in slot.done]
         lags = [s.lag_records for s in now]
+        # One that is between two lives may have anything before it.
+        unknown = any(slot.status is None and slot.plan.partitions and not slot.finished for slot in self._slots)
 
         def total(name: str) -> int:
             return sum(getattr(s, name) for s in ever)
@@ -536,11 +538,11 @@ class Supervisor:
             dead_letters=total("dead_letters"),
             duplicates=total("duplicates"),
             skipped=total("skipped"),
-            lag_records=-1 if not lags or min(lags) < 0 else sum(lags),
-            lag_s=-1.0 if any(s.lag_s < 0 for s in now) else max((s.lag_s for s in now), default=-1.0),
+            lag_records=-1 if unknown or not lags or min(lags) < 0 else sum(lags),
+            lag_s=-1.0 if unknown or any(s.lag_s < 0 for s in now) else max((s.lag_s for s in now), default=-1.0),
             commit_p50_ms=max((s.commit_p50_ms for s in now), default=0.0),
             commit_p95_ms=max((s.commit_p95_ms for s in now), default=0.0),
-            idle_s=min((s.idle_s for s in now), default=0.0),
+            idle_s=0.0 if unknown else min((s.idle_s for s in now), default=0.0),
             model_name=self._model.name if self._model else "",
             model_trained=self._model.trained if self._model else False,
             newest=tuple(r for s in now for r in s.newest),

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from stormline.operators.errors import CommitError, SourceError, StormlineError
-from stormline.pipeline import kafka_source
+from stormline.pipeline import kafka_source, partition_watch
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline import supervisor as supervisor_module
 from stormline.pipeline.checkpoint import lane_folder
@@ -288,3 +288,57 @@ def test_lane_when_its_own_commit_or_source_failed_then_no_record_is_blamed(fail
     supervisor._lane_ended(slot)
 
     assert failures == [blamed]
+
+
+@pytest.fixture
+def watched(failed, monkeypatch):
+    """Return a supervisor of two lanes without Ray, and a function that has it watch them until they are idle.
+
+    `look(n)` is called in place of tending the lanes, with the number of the look from 1 on; the function returns
+    what each look showed.
+    """
+    supervisor, slot, _ = failed
+    supervisor._slots.append(LaneSlot(replace(slot.plan, lane=1, partitions=(("video", 1),))))
+    stub = SimpleNamespace(start=lambda: None, stop=lambda: None, take=lambda: [], take_gone=lambda: [])
+    monkeypatch.setattr(partition_watch, "PartitionWatch", lambda kafka, known: stub)
+    monkeypatch.setattr(supervisor_module, "POLL_S", 0.0)
+    for name in ("_plan", "_describing", "_stop_lanes"):
+        monkeypatch.setattr(supervisor, name, lambda *args: None)
+
+    def watch(look):
+        seen = []
+        monkeypatch.setattr(supervisor, "_tend", lambda: look(len(seen) + 1))
+        supervisor._watch(SimpleNamespace(ready=lambda: True), 10.0, seen.append, lambda: None)
+        return seen
+
+    return supervisor, stub, watch
+
+
+def test_run_until_idle_when_a_lane_with_a_backlog_restarts_then_it_goes_on_until_that_is_read(watched):
+    supervisor, _, watch = watched
+    first, second = supervisor._slots
+    idle = replace(LaneCommitter(first.plan, print).status(), epoch=3, lag_records=0, lag_s=0.0, idle_s=20.0)
+    behind = replace(idle, lane=1, lag_records=900, lag_s=99.0, idle_s=0.0)
+    life = [behind, behind, None, None, behind, replace(idle, lane=1)]
+
+    def look(n):
+        first.status, second.status = idle, life[n - 1]
+
+    seen = watch(look)
+
+    assert [status.lag_records for status in seen] == [900, 900, -1, -1, 900, 0]
+    assert [status.idle_s for status in seen] == [0.0] * 5 + [20.0]
+    assert [status.lag_s for status in seen] == [99.0, 99.0, -1.0, -1.0, 99.0, 0.0]
+
+
+@pytest.mark.parametrize("change", [{"partitions": ()}, {"finished": True}], ids=["nothing to read", "finished"])
+def test_status_when_a_lane_has_nothing_left_to_do_then_the_others_alone_count(watched, change):
+    supervisor, _, _ = watched
+    first, second = supervisor._slots
+    first.status = replace(LaneCommitter(first.plan, print).status(), lag_records=5, lag_s=1.0, idle_s=20.0)
+    second.plan = replace(second.plan, partitions=change.get("partitions", second.plan.partitions))
+    second.finished = change.get("finished", False)
+
+    status = supervisor.status()
+
+    assert (status.lag_records, status.lag_s, status.idle_s) == (5, 1.0, 20.0)
