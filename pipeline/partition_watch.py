@@ -39,7 +39,7 @@ class PartitionWatch:
         self._stop.set()
 
     def take(self) -> list[tuple[str, int]]:
-        """Return what was found since the last call, sorted."""
+        """Return what was found since the last call and is still there, sorted."""
         with self._lock:
             found, self._found = self._found, []
         return sorted(found)
@@ -63,5 +63,5 @@ class PartitionWatch:
             gone, self._missed = missed & self._missed, missed
             self._known = (self._known | new) - gone  # one that comes back is new again
             with self._lock:
-                self._found += new
+                self._found = [*(p for p in self._found if p not in gone), *new]
                 self._gone += gone

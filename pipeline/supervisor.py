@@ -172,8 +172,8 @@ class Supervisor:
         try:
             watch.start()
             while not self._stop.is_set():
-                self._adopt(watch.take())
                 self._let_go(watch.take_gone())
+                self._adopt(watch.take())  # after it: what went and came back meanwhile is among both
                 self._tend()
                 status = self.status()
                 if not ready and services.ready() and status.lanes_up == len(self._slots):

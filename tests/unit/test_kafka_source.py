@@ -442,6 +442,24 @@ def test_watch_when_a_topic_is_gone_for_two_looks_then_said_once_and_new_when_it
     assert watch.take_gone() == []
 
 
+def test_watch_when_a_topic_comes_and_goes_between_two_calls_then_it_is_not_new(monkeypatch):
+    asked, answers = threading.Event(), [{"cam-1": 1, "cam-2": 1}, {"cam-1": 1}, {"cam-1": 1}, {"cam-1": 1}]
+
+    def open_consumer(settings):
+        if len(answers) == 1:
+            asked.set()
+        return FakeConsumer({}, answers.pop(0) if len(answers) > 1 else answers[0])
+
+    monkeypatch.setattr(kafka_source, "open_consumer", open_consumer)
+    watch = PartitionWatch(KafkaSettings(topics=["cam-*"], discover_s=0.001), [("cam-1", 0)])
+    watch.start()
+    assert asked.wait(20)
+    watch.stop()
+    watch._thread.join(20)
+
+    assert (watch.take_gone(), watch.take()) == ([("cam-2", 0)], [])
+
+
 @pytest.mark.parametrize(
     ("topics", "before", "after", "gone", "found"),
     [

@@ -342,3 +342,22 @@ def test_status_when_a_lane_has_nothing_left_to_do_then_the_others_alone_count(w
     status = supervisor.status()
 
     assert (status.lag_records, status.lag_s, status.idle_s) == (5, 1.0, 20.0)
+
+
+def test_partition_when_it_went_and_came_back_between_two_looks_then_its_lane_reads_it(watched, monkeypatch):
+    supervisor, watch_stub, watch = watched
+    renewed = []
+    monkeypatch.setattr(supervisor, "_renew", renewed.append)
+    first, second = supervisor._slots
+    second.actor = object()
+    changes = [[("video", 1)]]
+    watch_stub.take = watch_stub.take_gone = lambda: changes[0]
+
+    def look(n):
+        changes[0] = []
+        supervisor.request_stop()
+
+    watch(look)
+
+    assert (first.plan.partitions, second.plan.partitions) == ((("video", 0),), (("video", 1),))
+    assert renewed == [second]
