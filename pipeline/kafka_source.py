@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,23 +52,6 @@ class SourcePlan:
     session_idle_s: float = SESSION_IDLE_S  # after which a session without records is over
 
 
-@dataclass(frozen=True)
-class LostRecords:
-    """Records that retention deleted before they were read."""
-
-    first_offset: int
-    next_offset: int  # of the first that is left
-
-    def dead_letter(self, first_left: Segment) -> DeadLetter:
-        """Return what tells of them, beside the first record that is left of the partition."""
-        n = self.next_offset - self.first_offset
-        detail = (
-            f"offsets {self.first_offset} to {self.next_offset - 1} ({n} records) were deleted before they were read"
-        )
-        letter = DeadLetter.of(first_left.meta, "retention", detail)
-        return replace(letter, stream_id="", session="", seq=0, offset=self.first_offset, n_bytes=0)
-
-
 class KafkaSource(LaneSource):
     """Read a lane's partitions in order, for ever, with a barrier every few seconds.
 
@@ -108,13 +91,9 @@ class _Reader:
         self._lag = LagPolicy(plan.lag)
         with _told_as_ours(plan.kafka, "Taking the partitions"):
             self._assignment, lost = _assign(consumer, plan)
-        # What was lost is told beside the next record; until then no barrier may step over it.
-        self._untold = dict(lost)
-        self._next_offsets = {
-            tp: lost[tp].first_offset if tp in lost else consumer.position(tp) or 0 for tp in self._assignment
-        }
+        self._next_offsets = {tp: consumer.position(tp) or 0 for tp in self._assignment}
         self._read_until_ns = dict.fromkeys(self._assignment, 0)  # the newest record's Kafka timestamp
-        self._letters: list[DeadLetter] = []  # of records without a row, for the next barrier
+        self._letters = lost  # of records without a row, for the next barrier
 
     def items(self) -> Iterator[list[Segment | Barrier]]:
         """Yield segments as they come and a barrier whenever its time is due, between two records; block by block."""
@@ -133,8 +112,7 @@ class _Reader:
             # Between polls everything that was fetched is handled, so the consumer's own position may be taken:
             # it also steps over control records and aborted transactions, which a poll never returns.
             for tp in self._assignment:
-                if tp not in self._untold:
-                    self._next_offsets[tp] = max(self._next_offsets[tp], self._consumer.position(tp) or 0)
+                self._next_offsets[tp] = max(self._next_offsets[tp], self._consumer.position(tp) or 0)
             if timer.due:
                 ready.append(self._barrier())
                 timer.restart()
@@ -153,9 +131,6 @@ class _Reader:
         self._read_until_ns[tp] = append_ns
         if segment is None:
             return ends
-        if tp in self._untold:
-            letter = self._untold.pop(tp).dead_letter(segment)
-            segment = replace(segment, dead_letters=(letter, *segment.dead_letters))
         if skip:
             self._lag.skipped(segment.meta)
             self._letters += segment.dead_letters
@@ -200,10 +175,8 @@ def _record(record: Any) -> Record:
     )
 
 
-def _assign(
-    consumer: KafkaConsumer, plan: SourcePlan
-) -> tuple[list[TopicPartition], dict[TopicPartition, LostRecords]]:
-    """Take the partitions from where they go on; return them, and what retention has deleted of them meanwhile."""
+def _assign(consumer: KafkaConsumer, plan: SourcePlan) -> tuple[list[TopicPartition], list[DeadLetter]]:
+    """Take the partitions from where they go on; return them, and what tells of records that retention deleted."""
     from kafka.structs import TopicPartition
 
     assignment = [TopicPartition(*partition) for partition in plan.partitions]
@@ -212,14 +185,31 @@ def _assign(
     latest = [tp for tp in assignment if plan.kafka.start == "latest" and tuple(tp) not in plan.new_partitions]
     # Looked up once and sought to, so that "latest" is a fixed offset from here on.
     starts = {**begins, **(consumer.end_offsets(latest) if latest else {})}
-    lost = {}
+    lost = []
     for tp in assignment:
         next_offset = plan.next_offsets.get((tp.topic, tp.partition), starts[tp])
         if next_offset < begins[tp]:
-            lost[tp] = LostRecords(next_offset, begins[tp])
+            lost.append(_lost_records(tp, next_offset, begins[tp]))
             logger.warning("records_lost partition=%s[%d] offsets=%d..%d", *tp, next_offset, begins[tp] - 1)
         consumer.seek(tp, max(next_offset, begins[tp]))
     return assignment, lost
+
+
+def _lost_records(tp: TopicPartition, first_offset: int, next_offset: int) -> DeadLetter:
+    """Return what tells of records that were deleted before they were read; nothing is known of them but where."""
+    n = next_offset - first_offset
+    return DeadLetter(
+        "retention",
+        f"offsets {first_offset} to {next_offset - 1} ({n} records) were deleted before they were read",
+        stream_id="",
+        session="",
+        seq=0,
+        topic=tp.topic,
+        partition=tp.partition,
+        offset=first_offset,
+        start_ns=time.time_ns(),
+        n_bytes=0,
+    )
 
 
 def client_options(kafka: KafkaSettings, kind: Literal["consumer", "producer"]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from stormline.pipeline.kafka_source import (
     read_forever,
 )
 from stormline.pipeline.partition_watch import PartitionWatch
+from stormline.pipeline.sessions import Record, SessionTracker
 from stormline.pipeline.settings import KafkaSettings, LagRule
 
 VIDEO, OTHER = TopicPartition("video", 0), TopicPartition("video", 1)
@@ -104,10 +105,11 @@ def test_source_when_retention_deleted_what_it_wants_then_goes_on_and_records_th
     segments = [Segment.from_row(row) for row in rows if row.kind == Segment.KIND]
     mine = [s for s in segments if s.meta.partition == 0]
     assert [s.meta.offset for s in mine] == [40, 41, 42]
-    (letter,) = [d for s in segments for d in s.dead_letters if d.reason == "retention"]
-    assert (letter.topic, letter.partition, letter.offset, letter.stream_id) == ("video", 0, 25, "")
+    first = Barrier.from_row(rows[0])
+    (letter,) = first.dead_letters
+    assert (letter.reason, letter.topic, letter.partition, letter.offset) == ("retention", "video", 0, 25)
     assert "offsets 25 to 39 (15 records)" in letter.detail
-    assert letter in mine[0].dead_letters
+    assert [p.next_offset for p in first.positions] == [40, 0]
 
 
 def test_source_when_a_stream_falls_silent_then_its_session_ends_before_the_record_that_shows_it(read):
@@ -126,11 +128,25 @@ def test_source_when_a_stream_falls_silent_then_its_session_ends_before_the_reco
     assert [row.lane_seq for row in rows] == list(range(100))
 
 
-def test_source_when_nothing_is_left_yet_then_no_barrier_steps_over_the_gap(read):
+def test_source_when_retention_left_nothing_then_told_once_and_nothing_waits(read):
     rows = read({VIDEO: (40, 40)}, 3, interval_s=0.0, next_offsets={("video", 0): 25})
 
-    positions = [Barrier.from_row(row).positions[0].next_offset for row in rows]
-    assert positions == [25, 25, 25]
+    barriers = [Barrier.from_row(row) for row in rows]
+    assert [(b.positions[0].next_offset, b.positions[0].lag) for b in barriers] == [(40, 0)] * 3
+    assert [[letter.reason for letter in b.dead_letters] for b in barriers] == [["retention"], [], []]
+
+
+def test_source_when_the_first_record_that_retention_left_is_a_repeat_then_the_gap_is_told_all_the_same(read):
+    seen = SessionTracker()
+    seen.take(Record("video", 0, 24, 0, b"cam", b"m", record(VIDEO, 40).headers))
+    plan = {"next_offsets": {("video", 0): 25}, "snapshots": seen.snapshot()}
+
+    rows = read({VIDEO: (40, 41)}, 3, interval_s=0.0, **plan)
+
+    barriers = [Barrier.from_row(row) for row in rows]
+    assert barriers[-1].positions[0].next_offset == 41
+    assert barriers[-1].counters["duplicates"] == 1
+    assert [letter.reason for b in barriers for letter in b.dead_letters] == ["retention"]
 
 
 @pytest.mark.parametrize(("new", "expected"), [((), 7), ((("video", 0),), 3)])
