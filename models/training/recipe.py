@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from ..strict_yaml import load_yaml
 from .clips import WORLDS
 from .lora import PART, Lora
-from .questions import KINDS
+from .questions import KINDS, NEEDLE_KINDS
 
 Task = Literal["places", "motions", "text"]
 PARTS = ("vision_tower", "multi_modal_projector", "temporal_encoder", "language_model")
@@ -129,6 +129,11 @@ class Stage:
             raise ValueError(f"{where}: seek names {', '.join(unasked)}, of weight 0; expected kinds that are asked")
         for kind in self.worlds:
             _one_of(f"{where}: worlds", kind, WORLDS)
+        if self.task == "text" and self.data is None and not self._kinds_asked():
+            raise ValueError(
+                f"{where}: nothing can be asked: weights is {dict(self.weights)}, only is {self.only} and worlds is "
+                f"{dict(self.worlds)}; expected a kind of weight above 0, and needles in a world for those of them"
+            )
         for name in ("steps", "batch", "clip_frames", "questions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{where}: {name} is {getattr(self, name)}; expected 1 or more")
@@ -167,6 +172,11 @@ class Stage:
     def question_weights(self) -> dict[str, float]:
         """Return the weight of every kind of question."""
         return {kind: self.weights.get(kind, 0.0 if self.only else 1.0) for kind in KINDS}
+
+    def _kinds_asked(self) -> list[str]:
+        """Return the kinds of question that have a weight, and that a world of the stage can answer."""
+        never = () if self.worlds.get("needles") else NEEDLE_KINDS
+        return [kind for kind, weight in self.question_weights().items() if weight > 0 and kind not in never]
 
 
 @dataclass(frozen=True)

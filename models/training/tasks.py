@@ -35,6 +35,7 @@ from .token_cache import TokenCache, encode_clips, fill_cache
 _TRIES = 4  # windows drawn for a row before it may have fewer questions
 _SOUGHT_TRIES = 16  # before it may lack the kind of question that it is drawn for
 _FOR_SURE = 1e6  # weight of that kind: it is among the questions
+_OTHER_CLIPS = 16  # looked at where a row's own has nothing to ask
 Counts = dict[str, Tensor]  # by target or kind of question: (right, asked)
 
 
@@ -193,6 +194,8 @@ class TextTask(Task):
         """See `Task.loss`."""
         batch, tokens = self.draw(step, held_out)
         predicted, wanted = self._predict(batch, tokens)
+        if not batch.kinds:  # no window of the step had anything to ask
+            return predicted.sum() * 0.0, {}
         # Each text counts alike in half of the loss: a caption has ten times an answer's tokens.
         each = F.cross_entropy(predicted, wanted, reduction="none")
         n_of_text = torch.bincount(batch.texts, minlength=len(batch.kinds)).to(each.dtype).to(each.device)
@@ -230,7 +233,7 @@ class TextTask(Task):
         return self.stage.window_chunks[which], self.stage.budget_tokens[which] if self.stage.budget_tokens else 0
 
     def _draw_window(self, rng: np.random.Generator, row: int, n_chunks: int, held_out: bool) -> _Window:
-        """Draw a window with something to ask about."""
+        """Draw a window with something to ask about, if one is found."""
         size = self.model.config.chunk_frames
         n_clip_chunks = self.stage.clip_frames // size
         best = _Window(0, 0, [], size / FPS)
@@ -249,7 +252,25 @@ class TextTask(Task):
                 best = _Window(index, first, asked, size / FPS)
             if len(asked) >= self.stage.questions // 2:
                 break
-        return best
+        if best.asked or (self.stage.cached_streams and not held_out):  # then each try was of another clip
+            return best
+        return self._draw_elsewhere(row, n_chunks, held_out)
+
+    def _draw_elsewhere(self, row: int, n_chunks: int, held_out: bool) -> _Window:
+        """Draw a window of any other clip, for a row whose own has nothing to ask; it may be without questions too.
+
+        From numbers of its own, so that the step's other rows are drawn as they would be without.
+        """
+        rng = np.random.default_rng([self.seed, self.stage_index, row, held_out, 1])
+        size = self.model.config.chunk_frames
+        n_clip_chunks = self.stage.clip_frames // size
+        for index in rng.integers(1 << 32, size=_OTHER_CLIPS).tolist():
+            first = int(rng.integers(n_clip_chunks - n_chunks + 1))
+            clip = self.clip(index, held_out)
+            view = clip.window(first * size, (first + n_chunks) * size)
+            if asked := ask(view, rng, self.stage.questions, self._weights, backwards=clip.backwards):
+                return _Window(index, first, asked, size / FPS)
+        return _Window(row, 0, [], size / FPS)
 
     def _encode_windows(self, windows: Sequence[_Window], n_chunks: int, held_out: bool) -> list[Tensor]:
         """Return each window's tokens, (n_chunks, tokens of a chunk, d_model)."""

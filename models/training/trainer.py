@@ -202,7 +202,8 @@ class Trainer:
         first_step, steps_began_s = self._step, self._clock()
         while self._step < stage.steps:
             loss, counts = self._train_step(stage, task, optimizers)
-            self._meter.add(loss, counts)
+            if counts:  # a step that had nothing to ask says nothing of the loss
+                self._meter.add(loss, counts)
             self._step += 1
             now_s = self._clock()
             if now_s - reported_s >= REPORT_EVERY_S or self._step == stage.steps:

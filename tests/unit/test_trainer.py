@@ -144,6 +144,32 @@ def test_windows_when_drawn_for_a_kind_then_nearly_all_are_asked_it(tmp_path):
     assert asked["as they come"] < 18
 
 
+def test_text_loss_when_no_window_of_a_step_can_be_asked_then_it_is_zero_and_training_goes_on(tmp_path):
+    few = {"weights": {"first change": 1.0}, "only": True, "worlds": {"shapes": 1.0}}
+    stage = {"name": "rare", "task": "text", "train": ["language_model"], "steps": 2, "batch": 1, "clip_frames": 8}
+    trainer = Trainer(recipe([stage | {"window_chunks": [2]} | few]), tmp_path, device="cpu")
+    task = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
+
+    kinds = [task.draw(step)[0].kinds for step in range(2)]
+    loss, counts = task.loss(0)
+    loss.backward()
+
+    assert kinds == [(), ()]
+    assert (loss.item(), counts) == (0.0, {})
+    assert trainer.run() is not None
+
+
+def test_windows_when_a_rows_own_clip_has_nothing_to_ask_then_another_clip_is_asked(tmp_path):
+    stage = {"name": "tell", "task": "text", "train": ["language_model"], "steps": 1, "batch": 12, "clip_frames": 16}
+    captions = stage | {"window_chunks": [2], "weights": {"caption": 1.0}, "only": True}
+    trainer = Trainer(recipe([captions]), tmp_path, device="cpu")
+    task = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
+
+    batch, _ = task.draw(0)
+
+    assert batch.kinds.count("caption") >= 10
+
+
 def test_text_loss_when_attention_is_plain_then_gradients_are_those_of_torchs_own(tmp_path):
     trainer = Trainer(recipe([STAGES[2] | {"batch": 3, "bfloat16": True, "worlds": {"shapes": 1.0}}]), tmp_path)
     model = trainer.model
@@ -223,6 +249,8 @@ def test_learning_rate_when_over_a_stage_then_up_and_down():
         ({"task": "places", "colour": 1}, "unknown keys"),
         ({"task": "text", "seek": {"captions": 1}}, "seek is 'captions'; expected one of"),
         ({"task": "text", "seek": {"when": 1}, "weights": {"when": 0}}, "seek names when, of weight 0"),
+        ({"task": "text", "only": True, "weights": {"needle count": 1}}, "nothing can be asked"),
+        ({"task": "text", "only": True}, "nothing can be asked"),
     ],
 )
 def test_recipe_when_it_makes_no_sense_then_says_what(change, message):
