@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,16 +36,14 @@ class VideoLength:
 
 @lru_cache(maxsize=1 << 16)
 def length_of(video: Path) -> VideoLength:
-    """Return how long a video is, as its head says, or else by its packets; nothing is decoded.
+    """Return how long a video's picture is, as the head says, or else by its packets; nothing is decoded.
 
     Raises:
         ValueError: If it cannot be opened, or has no video or no frames.
     """
     with _opened(video) as (container, stream):
         n_frames, fps = stream.frames, float(stream.average_rate or 0)
-        if not n_frames and fps and container.duration:  # Matroska and WebM do not count their frames
-            n_frames = round(container.duration / 1_000_000 * fps)
-        if not (n_frames and fps):
+        if not (n_frames and fps):  # Matroska and WebM tell how long the longest stream is, which may be the sound
             n_frames, fps = _count_packets(container, stream)
         if not n_frames:
             raise ValueError("it has no frames")
@@ -91,13 +90,10 @@ _kept: LastUsed[Hashable, np.ndarray] = LastUsed(KEPT_BYTES)
 def _decode(video: Path, start_s: float, stop_s: float | None, n_frames: int, size_px: int) -> np.ndarray:
     length, seconds = length_of(video), stretch_s(video, start_s, stop_s)
     times_s = start_s + (np.arange(n_frames) + 0.5) * seconds / n_frames
-    indices = np.minimum((times_s * length.fps).astype(int), length.n_frames - 1).tolist()
     with _opened(video) as (container, stream):
-        pictures = _pictures_at(set(indices), container.decode(stream), size_px)
-        if not pictures:
-            raise ValueError(f"it gives no frame from {times_s[0]:.1f} s on")
-    last = max(pictures)  # where it has fewer frames than its head says
-    return np.stack([pictures.get(i, pictures[last]) for i in indices])
+        frames = _timed(container.decode(stream), length.fps)
+        pictures = list(_pictures_at(times_s.tolist(), frames, length.fps, size_px))
+    return np.stack(pictures)
 
 
 @contextmanager
@@ -126,15 +122,45 @@ def _count_packets(container: Any, stream: Any) -> tuple[int, float]:
     return len(packets), (len(packets) - 1) / span_s if span_s else float(rate)
 
 
-def _pictures_at(indices: set[int], frames: Iterable[Any], size_px: int) -> dict[int, np.ndarray]:
-    """Return those of these frames that there are, by their number."""
-    pictures: dict[int, np.ndarray] = {}
+def _timed(frames: Iterable[Any], fps: float) -> Iterator[tuple[float, Any]]:
+    """Give frames with their time since the first, in seconds: as their timestamps say, or else by their number."""
+    begin = None
     for i, frame in enumerate(frames):
-        if i in indices:
-            pictures[i] = _picture(frame, size_px)
-        if len(pictures) == len(indices):
-            break
-    return pictures
+        if frame.pts is None:
+            yield i / fps, frame
+            continue
+        pts_s = float(frame.pts * frame.time_base)
+        begin = pts_s - i / fps if begin is None else begin
+        yield pts_s - begin, frame
+
+
+def _pictures_at(
+    times_s: Sequence[float], frames: Iterable[tuple[float, Any]], fps: float, size_px: int
+) -> Iterator[np.ndarray]:
+    """Give for each time the picture that is seen then: the last frame up to it, as in a lane.
+
+    Args:
+        times_s: Rising.
+        frames: Each with its time.
+        fps: Of them, on average.
+        size_px: Side of a picture.
+
+    Raises:
+        ValueError: If the frames end before the first time.
+    """
+    waiting, shown, n_frames = deque(times_s), None, 0
+    for frame_s, frame in frames:
+        while waiting and shown is not None and frame_s > waiting[0]:
+            waiting.popleft()
+            yield _picture(shown, size_px)
+        if not waiting:
+            return
+        shown, n_frames = frame, n_frames + 1
+    # The last one stands for what is left, also where a file has fewer frames than its head says.
+    if shown is None or (len(waiting) == len(times_s) and n_frames <= times_s[0] * fps):
+        raise ValueError(f"it gives no frame from {times_s[0]:.1f} s on")
+    last = _picture(shown, size_px)
+    yield from (last for _ in waiting)
 
 
 def _picture(frame: Any, size_px: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -377,6 +378,55 @@ def test_pairs_when_a_container_does_not_count_frames_then_it_is_read_all_the_sa
     for frame, i in zip(frames, (2, 7, 12, 17), strict=True):
         distances = [np.abs(frame.astype(int) - to_rgb(other)).mean() for other in shown]
         assert abs(int(np.argmin(distances)) - i) <= 1
+
+
+def write_brightening_video(path, times_ms, sound_s=0):
+    """Write frames as bright as their time is late: from 0 for the first to 250 for the last."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("aac", rate=16000) if sound_s else None
+        for ms in times_ms:
+            shade = np.full((48, 64, 3), 250 * ms // times_ms[-1], np.uint8)
+            frame = av.VideoFrame.from_ndarray(shade, format="rgb24")
+            frame.pts, frame.time_base = ms, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for pts in range(0, 16000 * sound_s, 1024):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            silence.rate, silence.pts = 16000, pts
+            container.mux(sound.encode(silence))
+        if sound is not None:
+            container.mux(sound.encode())
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize(("start_s", "stop_s"), [(0.0, 10.0), (5.0, 9.0), (10.0, 12.0), (0.0, None)])
+def test_pairs_when_frames_come_at_uneven_times_then_those_seen_at_the_times_wanted(
+    tmp_path, container, start_s, stop_s
+):
+    times_ms = [*range(0, 10_000, 500), *range(10_000, 12_000, 33)]
+    write_brightening_video(tmp_path / f"video.{container}", times_ms)
+
+    frames = read_stretch(tmp_path / f"video.{container}", start_s, stop_s, 4, 32)
+
+    seconds = ((stop_s or 12.0) - start_s) / 4
+    wanted_ms = [1000 * (start_s + (i + 0.5) * seconds) for i in range(4)]
+    seen_ms = [max(ms for ms in times_ms if ms <= wanted) for wanted in wanted_ms]
+    tolerance = 250 * 50 / times_ms[-1] + 2.5  # a frame of the fast part, as the container's end may be told; the codec
+    assert frames.mean(axis=(1, 2, 3)) == pytest.approx([250 * ms / times_ms[-1] for ms in seen_ms], abs=tolerance)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_pairs_when_sound_is_longer_than_the_picture_then_the_pictures_length_counts(tmp_path, container):
+    video = tmp_path / f"video.{container}"
+    write_brightening_video(video, range(0, 4000, 40), sound_s=8)
+
+    frames = read_stretch(video, 0.0, None, 8, 32)
+
+    assert stretch_s(video, 0.0, None) == pytest.approx(4.0, abs=0.1)
+    assert np.diff(frames.mean(axis=(1, 2, 3))) == pytest.approx([250 / 8] * 7, abs=5)
 
 
 def make_audio(path):
