@@ -128,14 +128,18 @@ class PublishSession:
 
     def _run_pass(self, source: MediaInput | ShapesInput) -> None:
         self.segmenter.start_pass(source.stream, self._live_ms if source.is_live else None)
-        for packet in source.packets(self._stop):
-            if packet.is_keyframe and self._first_key_s is None:
-                self._first_key_s = time.monotonic()
-            if self._start_ns is None and packet.is_keyframe:
-                self._start_ns = time.time_ns() // MS_NS * MS_NS
-            self._send_all(self.segmenter.push(packet))
-            if self._ended:
-                return
+        try:
+            for packet in source.packets(self._stop):
+                if packet.is_keyframe and self._first_key_s is None:
+                    self._first_key_s = time.monotonic()
+                if self._start_ns is None and packet.is_keyframe:
+                    self._start_ns = time.time_ns() // MS_NS * MS_NS
+                self._send_all(self.segmenter.push(packet))
+                if self._ended:
+                    return
+        except InputError:
+            self._send_all(self.segmenter.end_pass())  # what was read is whole, and the last of it carries `end`
+            raise
         self._send_all(self.segmenter.end_pass())
 
     def _live_ms(self) -> int:

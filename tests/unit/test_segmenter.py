@@ -6,7 +6,7 @@ import io
 import threading
 from fractions import Fraction
 from importlib.util import find_spec
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -633,6 +633,39 @@ def test_broken_file_is_published_up_to_there_with_an_end_and_raises(videos):
         publish(str(videos / "not.mkv"), ListSender())
 
     assert sender.sent[-1][1].end
+
+
+class BreaksOff:
+    """A container that cannot be read any more after so many packets."""
+
+    def __init__(self, container, n_packets):
+        self._container = container
+        self._n_packets = n_packets
+
+    def demux(self, *streams):
+        yield from islice(self._container.demux(*streams), self._n_packets)
+        raise OSError(5, "Input/output error")
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+
+def test_source_when_reading_fails_then_all_that_was_read_is_sent_with_an_end(videos, monkeypatch):
+    path = make_video(videos / "lost.ts", "libx264", EVEN_X264)
+    real = MediaInput.__init__
+
+    def breaks_off(source, *arguments):
+        real(source, *arguments)
+        source._container = BreaksOff(source._container, N_FRAMES - 5)
+
+    monkeypatch.setattr(MediaInput, "__init__", breaks_off)
+    sender = ListSender()
+
+    with pytest.raises(InputError, match="Input/output error"):
+        publish(path, sender, segment_s=0.8)
+
+    assert sum(segment.n_frames for segment, _ in sender.sent) == N_FRAMES - 5
+    assert [header.end for _, header in sender.sent] == [False, False, True]
 
 
 def test_shapes_feed_has_a_keyframe_each_second_and_its_truth_beside_it(tmp_path):
