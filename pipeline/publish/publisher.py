@@ -88,6 +88,7 @@ class StreamPublisher:
         self._spec = spec
         # The feed is encoded here with clean keyframes: there is nothing to decide, and nothing to decode.
         self._options = replace(options, method="copy") if spec.kind == "shapes" else options
+        self._is_live = True  # as far as is known before it is open
         self._sender = producer.stream(spec.stream_id)
         self._stop = stop or threading.Event()
         self._tell_segment = on_segment or (lambda sent: None)
@@ -124,7 +125,8 @@ class StreamPublisher:
     def _run_session(self) -> bool:
         """Publish one session; return whether the source is over for good."""
         source = self._open()
-        is_last = not (source.is_live and self._may_reconnect(is_open=True))
+        self._is_live = source.is_live
+        is_last = not self._may_reconnect(is_open=True)
         session = PublishSession(
             self._session_name(),
             self._sender,
@@ -153,8 +155,11 @@ class StreamPublisher:
         return fixed if n == 1 else f"{fixed}-{n}"
 
     def _may_reconnect(self, *, is_open: bool = False) -> bool:
-        """Whether a source is worth another try: an address that was there before, or that is to be waited for."""
-        if self._spec.kind != "url" or self._options.max_reconnects == 0:
+        """Whether a source is worth another try: an address that was there before, or that is to be waited for.
+
+        A recording is not, once it is open: another try would publish it again from its start.
+        """
+        if self._spec.kind != "url" or not self._is_live or self._options.max_reconnects == 0:
             return False
         return is_open or self._spec.waits_for_sender or self._options.awaits_start or bool(self.report.sessions)
 

@@ -186,6 +186,41 @@ def test_url_of_a_file_is_published_once_and_ends(broker, topic, file_server, tm
     assert "end" in headers_of(records[-1])
 
 
+@pytest.fixture
+def breaking_server(tmp_path: Path) -> Iterator[str]:
+    """Serve a folder over HTTP as `file_server` does, but close each connection after 60 % of the file."""
+
+    class Breaking(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = (tmp_path / self.path.lstrip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) * 6 // 10])
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_url_of_a_file_that_breaks_off_is_published_so_far_and_an_error(broker, topic, breaking_server, tmp_path):
+    transport_stream(bikes(), tmp_path / "bikes.ts")
+
+    with pytest.raises(PublishError, match=r"reading .*bikes\.ts failed"):
+        publish_source(f"{breaking_server}/bikes.ts", bootstrap=broker, topic=topic, speed=0, max_reconnects=1)
+
+    records = read_all(broker, topic)
+    assert len(set(sessions_of(records))) == 1
+    assert 100 < sum(len(frame_times_of(r.value)) for r in records) < 250
+    assert ["end" in headers_of(r) for r in records] == [False] * (len(records) - 1) + [True]
+
+
 def test_url_that_is_not_there_at_first_is_an_error(broker, topic, file_server):
     with pytest.raises(PublishError, match=r"cannot open .*none\.mp4"):
         publish_source(f"{file_server}/none.mp4", bootstrap=broker, topic=topic)
