@@ -264,7 +264,7 @@ class StandIn:
             ["smoke"],
             600,
         )
-        self.key, self.fails, self.hold_events = key, False, False
+        self.key, self.fails, self.hold_events, self.events_status = key, False, False, 200
         self.hidden = []  # queries of which no event tells
         self.results = []  # what is listed, the oldest first
         self.asked = []  # questions; none is ever answered
@@ -278,9 +278,11 @@ class StandIn:
         self.page.goto(self.URL)
 
     def say(self, stream, kind="caption", *, alert=False, session="1", answer="a van", query="smoke"):
-        """Have a row come over the event stream."""
+        """Have a row come over the event stream; return it."""
         self._n_rows += 1
-        self._rows.append(_row(self._n_rows, stream, kind, alert=alert, session=session, answer=answer, query=query))
+        row = _row(self._n_rows, stream, kind, alert=alert, session=session, answer=answer, query=query)
+        self._rows.append(row)
+        return row
 
     def card(self, stream):
         return self.page.locator(f".stream[data-stream={stream}]")
@@ -294,10 +296,12 @@ class StandIn:
             route.fulfill(status=401, json={"error": {"message": "no such key"}})
         elif path == "/v1/chat/completions":
             self.asked.append(route.request.post_data_json)
+        elif path == "/v1/events" and self.events_status != 200:
+            route.fulfill(status=self.events_status, json={})
         elif path == "/v1/events" and not self.hold_events:
             rows, self._rows = self._rows, []
             body = "".join(f"data: {json.dumps(row)}\n\n" for row in rows)
-            route.fulfill(body=f"retry: 1000\n\n{body}", content_type="text/event-stream")
+            route.fulfill(body=f"retry: 1000\nid: {self._n_rows}\n\n{body}", content_type="text/event-stream")
         elif path == "/v1/streams":
             listed = (
                 {"status": 500, "json": {}} if self.fails else {"json": {"data": list(map(self._entry, self.states))}}
@@ -410,6 +414,34 @@ def test_connection_when_the_list_of_streams_failed_once_then_connected_again_wi
     stand_in.fails = False
 
     expect(connection).to_have_text("connected")
+
+
+def test_events_when_they_open_late_then_what_was_committed_before_is_shown(stand_in):
+    expect, page = playwright.expect, stand_in.page
+    stand_in.events_status = 503
+    with page.expect_response("**/v1/results*"), page.expect_response("**/v1/events"):
+        page.reload()
+
+    stand_in.results = [_row(-40, "a", "alert", alert=True, answer="smoke"), _row(-20, "a", answer="a van")]
+    stand_in.events_status = 200
+
+    expect(page.locator("#feed li .what")).to_have_text(["a van", "Alert: smoke smoke"], timeout=WAIT_MS)
+    expect(page.locator("#marks .mark")).to_have_count(2)
+    expect(stand_in.card("a")).to_have_class("stream alerting")
+
+
+def test_events_when_their_place_is_no_longer_taken_then_what_was_committed_meanwhile_is_shown_once(stand_in):
+    expect, page = playwright.expect, stand_in.page
+    before = stand_in.say("a", answer="before")
+    expect(page.locator("#feed li .what")).to_have_text(["before"])
+    stand_in.events_status = 400
+    expect(page.locator("#connection")).to_have_text("connecting again")
+
+    stand_in.results = [before, _row(1.5, "a", answer="meanwhile")]
+    stand_in.say("a", answer="after")
+    stand_in.events_status = 200
+
+    expect(page.locator("#feed li .what")).to_have_text(["after", "meanwhile", "before"], timeout=WAIT_MS)
 
 
 @pytest.mark.parametrize("focused", ["a", "b", "c"])

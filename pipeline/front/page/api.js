@@ -84,8 +84,11 @@ function parseEvent(block) {
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 15000;
 
-/** Follow results for ever, from where it broke off; tells how the connection is: open or waiting. */
-export async function follow(onResult, onState) {
+/**
+ * Follow results for ever, from where it broke off; tells how the connection is: open or waiting. Where there is no
+ * place to go on from, it begins with what is new, and calls `onBegin`: what was committed before comes from elsewhere.
+ */
+export async function follow(onResult, onState, onBegin) {
   let lastId = null;
   let waitMs = FIRST_WAIT_MS;
   for (;;) {
@@ -93,6 +96,7 @@ export async function follow(onResult, onState) {
       const headers = lastId ? { "Last-Event-ID": lastId } : {};
       const response = await call("v1/events", { headers });
       onState("open");
+      if (!lastId) onBegin();
       for await (const event of eventsOf(response)) {
         waitMs = FIRST_WAIT_MS;
         if (event.data !== null) onResult(JSON.parse(event.data));

@@ -223,6 +223,26 @@ function take(row, fresh) {
   $("no-feed").hidden = $("feed").children.length > 0;
 }
 
+let behind = false; // the list of results could not be had
+
+/** Take in what is listed: events tell only of what is committed once they are open. */
+async function catchUp() {
+  try {
+    const [hidden, { data }] = await Promise.all([hiddenQueries(), get("v1/results?limit=100")]);
+    behind = false;
+    const missed = data.filter((row) => !hidden.has(row.query_id) && !known.has(keyOf(row)));
+    if (!missed.length) return;
+    const all = [...missed, ...rows.reverse()].sort((a, b) => Date.parse(a.start_time) - Date.parse(b.start_time));
+    rows = [];
+    known.clear();
+    for (const row of all) take(row, false);
+    drawFeed();
+    loadMarks();
+  } catch {
+    behind = true; // tried again with the next list of streams
+  }
+}
+
 function wanted(row) {
   return (!$("only-chosen").checked || chosen.has(row.stream_id)) && (!$("only-alerts").checked || row.kind === "alert");
 }
@@ -416,6 +436,7 @@ async function keepStreamsFresh() {
       try {
         await refreshStreams();
         showReached("streams", true);
+        if (behind) await catchUp();
       } catch {
         showReached("streams", false);
       }
@@ -424,13 +445,6 @@ async function keepStreamsFresh() {
   }
 }
 
-follow((row) => take(row, true), (state) => showReached("events", state === "open"));
-Promise.all([hiddenQueries(), get("v1/results?limit=100")]).then(([hidden, { data }]) => {
-  const newer = rows; // came meanwhile
-  rows = [];
-  known.clear();
-  const listed = data.filter((row) => !hidden.has(row.query_id));
-  for (const row of [...listed, ...newer.reverse()]) take(row, false);
-  drawFeed();
-}).catch(() => {});
+follow((row) => take(row, true), (state) => showReached("events", state === "open"), catchUp);
+catchUp(); // also where no event ever comes
 keepStreamsFresh();
