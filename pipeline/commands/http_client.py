@@ -12,6 +12,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from ...operators.errors import SettingsError, StormlineError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_LAST_OF_LATIN_1 = 255
 
 
 class NoServiceError(SettingsError):
@@ -45,6 +46,24 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
+def header_value(text: str, option: str) -> str:
+    """Return a text as a header may have it: without the white space around it, such as the end of a file's line.
+
+    Args:
+        text: It may be secret, and is not shown.
+        option: What it was given with.
+
+    Raises:
+        SettingsError: If no header can have it.
+    """
+    value = text.strip()
+    if not value.isprintable() or any(ord(c) > _LAST_OF_LATIN_1 for c in value):
+        raise SettingsError(
+            f"{option} has characters that no header can have (a line's end, letters beyond Latin-1); copy it anew"
+        )
+    return value
+
+
 def service_url(url: str, path: str) -> str:
     """Return the address of a path below ``/v1``.
 
@@ -55,28 +74,38 @@ def service_url(url: str, path: str) -> str:
     Raises:
         SettingsError: If it is no address.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SettingsError(f"--url {url!r} is no address of a service; expected http://HOST:PORT")
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise _no_address(url)
     return f"{url.rstrip('/').removesuffix('/v1')}/v1/{path}"
 
 
 def _open(request: Request, key: str | None, timeout_s: float) -> IO[bytes]:
     parts = urlsplit(request.full_url)
     if key:
-        request.add_header("Authorization", f"Bearer {key}")
+        request.add_header("Authorization", f"Bearer {header_value(key, '--key')}")
     local = parts.hostname in ("127.0.0.1", "localhost", "::1")  # no proxy knows the way to this machine
     opener = build_opener(ProxyHandler({})) if local else build_opener()
     try:
         return opener.open(request, timeout=timeout_s)
     except HTTPError as error:
         raise _refused(error, bool(key)) from None
+    except ValueError:  # a host's name that no request can have
+        raise _no_address(f"{parts.scheme}://{parts.netloc}") from None
     except (URLError, OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise NoServiceError(
             f"no service at {parts.scheme}://{parts.netloc} ({reason}). Start one with `stormline run --serve` or "
             f"`stormline serve OUT`, or name it with --url."
         ) from None
+
+
+def _no_address(url: str) -> SettingsError:
+    return SettingsError(f"--url {url!r} is no address of a service; expected http://HOST:PORT")
 
 
 def _refused(error: HTTPError, with_key: bool) -> StormlineError:

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 import typer
 
 from ...operators.errors import SettingsError, StormlineError
-from .http_client import DEFAULT_URL, NoServiceError, get_stream, printable, service_url
+from .http_client import DEFAULT_URL, NoServiceError, get_stream, header_value, printable, service_url
 
 SILENCE_S = 60.0  # the service says that it is still there every fifteen; without it the connection is lost
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
@@ -77,7 +77,7 @@ def follow(
     wait_s, connected = FIRST_WAIT_S, False
     while True:
         try:
-            headers = {"Last-Event-ID": after} if after else {}
+            headers = {"Last-Event-ID": header_value(after, "--after")} if after else {}
             with get_stream(url, key, headers, SILENCE_S) as response:
                 connected, wait_s = True, FIRST_WAIT_S
                 for event_id, row in read_events(response):

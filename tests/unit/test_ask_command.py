@@ -2,6 +2,7 @@
 
 import io
 import json
+from urllib.error import URLError
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +11,8 @@ from stormline.operators.errors import SettingsError, StormlineError
 from stormline.operators.rows import Position
 from stormline.pipeline.cli import app
 from stormline.pipeline.commands import ask as ask_module
+from stormline.pipeline.commands import http_client
+from stormline.pipeline.commands.http_client import NoServiceError
 from stormline.pipeline.commands.serve import check_same_model
 from stormline.pipeline.front.access import hash_key
 from stormline.pipeline.front.address import base_url
@@ -90,6 +93,58 @@ def test_ask_when_an_option_is_wrong_then_nothing_is_sent(options):
 
     assert isinstance(result.exception, SettingsError)
     assert "--" in str(result.exception)
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """Return the requests that were made, none of which is answered."""
+    made = []
+
+    class Opener:
+        def open(self, request, timeout):
+            made.append(request)
+            raise URLError("connection refused")
+
+    monkeypatch.setattr(http_client, "build_opener", lambda *handlers: Opener())
+    return made
+
+
+COMMANDS = pytest.mark.parametrize("command", [["ask", "gate", "What?"], ["watch"]])
+
+
+@COMMANDS
+def test_key_when_a_lines_end_came_with_it_then_sent_without(command, requests):
+    result = CliRunner().invoke(app, [*command, "--key", "k\r"])
+
+    assert isinstance(result.exception, NoServiceError)
+    assert requests[0].get_header("Authorization") == "Bearer k"
+
+
+@COMMANDS
+@pytest.mark.parametrize("key", ["a\rb", "a\x00b", "ключ"])
+def test_key_when_no_header_can_have_it_then_said_so_without_showing_it(command, key, requests):
+    result = CliRunner().invoke(app, [*command, "--key", key])
+
+    assert type(result.exception) is SettingsError
+    assert "--key has characters that no header can have" in str(result.exception)
+    assert key not in str(result.exception)
+    assert requests == []
+
+
+@COMMANDS
+@pytest.mark.parametrize("url", ["http://[::1", "http://h:port", "http://h:99999", "http://х:1"])
+def test_url_when_it_is_no_address_then_said_so(command, url):
+    result = CliRunner().invoke(app, [*command, "--url", url])
+
+    assert type(result.exception) is SettingsError
+    assert f"--url {url!r} is no address" in str(result.exception)
+
+
+def test_after_when_no_header_can_have_it_then_said_so(requests):
+    result = CliRunner().invoke(app, ["watch", "--after", "1\r2"])
+
+    assert type(result.exception) is SettingsError
+    assert "--after has characters" in str(result.exception)
 
 
 def test_serve_when_a_new_key_is_wanted_then_it_and_its_hash_belong_together():
