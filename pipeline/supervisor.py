@@ -572,5 +572,7 @@ def root_cause(error: BaseException) -> str:
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
         cause = inner
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    text = lines[-1].strip() if lines else ""
+    # Our own errors begin with what happened, and Ray Data adds advice; elsewhere a traceback may come first.
+    at = 0 if isinstance(cause, StormlineError) else -1
+    text = lines[at].strip() if lines else ""
     return text if text.startswith(type(cause).__name__) else f"{type(cause).__name__}: {text}"

@@ -20,7 +20,7 @@ from stormline.pipeline.lane import LaneCommitter, LanePlan
 from stormline.pipeline.poison import SuspectList
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.settings import Settings, load_settings
-from stormline.pipeline.supervisor import LaneSlot, Supervisor
+from stormline.pipeline.supervisor import LaneSlot, Supervisor, root_cause
 
 PARTITIONS = (("video", 0),)
 
@@ -288,6 +288,14 @@ def test_lane_when_its_own_commit_or_source_failed_then_no_record_is_blamed(fail
     supervisor._lane_ended(slot)
 
     assert failures == [blamed]
+
+
+def test_root_cause_when_ray_data_has_added_its_advice_then_what_failed_is_still_told():
+    error = SourceError("Reading failed at kafka:9092.\nFailed to run map task after 1/1 attempts.\nTo change…")
+    of_ray = RayTaskError("run", "ray::Lane.run()", error, "ray::Lane.run", 1, "127.0.0.1", "Lane", "abc")
+
+    assert root_cause(of_ray.as_instanceof_cause()) == "SourceError: Reading failed at kafka:9092."
+    assert root_cause(ValueError("Traceback\n  File\nKeyError: 3")) == "ValueError: KeyError: 3"
 
 
 @pytest.fixture
