@@ -19,6 +19,10 @@ class SourceError(StormlineError):
     """Kafka cannot be read: unreachable, refused, no such topic. Check the broker and `kafka:`."""
 
 
+class TopicAnewError(SourceError):
+    """A partition ends before where it was read to: give back the old topic, or set `output.path` to a new folder."""
+
+
 class PublishError(StormlineError):
     """A video cannot be published: unreadable, or too large for the topic. The message says what helps."""
 

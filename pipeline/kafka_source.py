@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from ..operators.errors import SourceError
+from ..operators.errors import SourceError, TopicAnewError
 from ..operators.rows import Barrier, DeadLetter, Position, Segment, block_of
 from .lag_policy import LagPolicy
 from .lane_source import BarrierTimer, LaneSource
@@ -70,6 +70,7 @@ def read_forever(plan: SourcePlan) -> Iterator[pa.Table]:
 
     Raises:
         SourceError: If the broker cannot be reached or refuses.
+        TopicAnewError: If a partition ends before where it was read to.
     """
     consumer = open_consumer(plan.kafka)
     try:
@@ -113,6 +114,8 @@ class _Reader:
             # it also steps over control records and aborted transactions, which a poll never returns.
             for tp in self._assignment:
                 self._next_offsets[tp] = max(self._next_offsets[tp], self._consumer.position(tp) or 0)
+            ends = {tp: self._consumer.highwater(tp) for tp in self._assignment}
+            _check_ends(self._kafka, ends, self._next_offsets)
             if timer.due:
                 ready.append(self._barrier())
                 timer.restart()
@@ -182,9 +185,11 @@ def _assign(consumer: KafkaConsumer, plan: SourcePlan) -> tuple[list[TopicPartit
     assignment = [TopicPartition(*partition) for partition in plan.partitions]
     consumer.assign(assignment)
     begins = consumer.beginning_offsets(assignment) if assignment else {}
+    ends = consumer.end_offsets(assignment) if assignment else {}
+    _check_ends(plan.kafka, ends, plan.next_offsets)
     latest = [tp for tp in assignment if plan.kafka.start == "latest" and tuple(tp) not in plan.new_partitions]
     # Looked up once and sought to, so that "latest" is a fixed offset from here on.
-    starts = {**begins, **(consumer.end_offsets(latest) if latest else {})}
+    starts = {**begins, **{tp: ends[tp] for tp in latest}}
     lost = []
     for tp in assignment:
         next_offset = plan.next_offsets.get((tp.topic, tp.partition), starts[tp])
@@ -343,11 +348,13 @@ def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, i
     A position before a partition's beginning is none of these: the lane goes on at what is left, and records the gap.
 
     Raises:
-        SourceError: If a position lies past a partition's end: the topic was made anew.
+        TopicAnewError: If a position lies past a partition's end.
     """
     from kafka.structs import TopicPartition
 
-    consumer = open_consumer(kafka)
+    # While a transaction is open, what is committed may end before what was read; the embedded broker's does.
+    every_record = {**kafka.client, "isolation_level": "read_uncommitted"}
+    consumer = open_consumer(kafka.model_copy(update={"client": every_record}))
     try:
         partitions = [TopicPartition(*key) for key in next_offsets]
         with _told_as_ours(kafka, "Looking up where the partitions end"):
@@ -355,10 +362,26 @@ def check_offsets_exist(kafka: KafkaSettings, next_offsets: Mapping[tuple[str, i
         for tp in partitions:
             next_offset = next_offsets[tp.topic, tp.partition]
             if next_offset > ends[tp]:
-                raise SourceError(
-                    f"{tp.topic}[{tp.partition}]: the checkpoint goes on at offset {next_offset}, but "
+                raise TopicAnewError(
+                    f"{tp.topic}[{tp.partition}]: reading goes on at offset {next_offset}, but "
                     f"{kafka.bootstrap_servers} ends at {ends[tp]}. Was the topic or the broker made anew? Give back "
                     "the old topic, or set output.path to a new folder."
                 )
     finally:
         consumer.close()
+
+
+def _check_ends(
+    kafka: KafkaSettings, ends: Mapping[TopicPartition, int | None], next_offsets: Mapping[Any, int]
+) -> None:
+    """Refuse to wait until a topic made anew has come as far as the old one: what lies before would be lost.
+
+    Args:
+        kafka: Where to ask whether it is so: a replica that follows, or has just begun to lead, may be behind.
+        ends: As a replica tells them beside records; None where it has not yet.
+        next_offsets: By topic and partition.
+    """
+    known = {(tp.topic, tp.partition): end for tp, end in ends.items() if end is not None}
+    past = {key: n for key, end in known.items() if (n := next_offsets.get(key, 0)) > end}
+    if past:
+        check_offsets_exist(kafka, past)

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..operators.errors import CheckpointError, CommitError, OrderError, SourceError, StormlineError
+from ..operators.errors import (
+    CheckpointError,
+    CommitError,
+    OrderError,
+    SourceError,
+    StormlineError,
+    TopicAnewError,
+)
 from .embedded_ray import embedded_ray, may_fork
 from .ray_watch import Leave, end_process, unless_stopped
 from .settings import Settings
@@ -394,6 +401,12 @@ class Supervisor:
 
         try:
             status: LaneStatus = ray.get(slot.run_ref)
+        except TopicAnewError as e:
+            # Restarted until the new topic has come as far as the old one, it would leave out all that lies before.
+            self._take_down(slot, blamed="lane")
+            raise TopicAnewError(
+                f"lane {slot.plan.lane} cannot go on: {root_cause(e)} What was committed is safe."
+            ) from e
         except RayError as e:
             # What the commit or the source says of itself is no record's doing. Ray's error is of its cause's class.
             is_lanes_own = isinstance(e, CommitError | CheckpointError | SourceError | OrderError)

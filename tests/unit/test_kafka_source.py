@@ -12,7 +12,7 @@ import pytest
 from kafka.errors import KafkaConnectionError, SaslAuthenticationFailedError, TopicAuthorizationFailedError
 from kafka.structs import TopicPartition
 
-from stormline.operators.errors import SourceError
+from stormline.operators.errors import SourceError, TopicAnewError
 from stormline.operators.rows import Barrier, Segment, rows_of
 from stormline.pipeline import kafka_source
 from stormline.pipeline.kafka_source import (
@@ -177,6 +177,71 @@ def test_offsets_when_past_the_end_then_refused_and_before_the_beginning_let_thr
     check_offsets_exist(KafkaSettings(), {("video", 0): 25})
     with pytest.raises(SourceError, match=r"goes on at offset 44, .* ends at 43"):
         check_offsets_exist(KafkaSettings(), {("video", 0): 44})
+
+
+class HighwaterConsumer(FakeConsumer):
+    """Says `highwater` of where its logs end once it is at `end`, with a log that ends at `asked` from then on."""
+
+    def __init__(self, end, highwater, asked):
+        super().__init__({VIDEO: (0, end)})
+        self.end, self.said, self.asked = end, highwater, asked
+
+    def highwater(self, tp):
+        return self.said if self.at[tp] == self.end else self.end
+
+    def end_offsets(self, partitions):
+        ends = super().end_offsets(partitions)
+        return ends if self.at[VIDEO] != self.end else dict.fromkeys(ends, self.asked)
+
+
+def read_from(consumer, monkeypatch, n_rows, next_offset=0):
+    monkeypatch.setattr(kafka_source, "open_consumer", lambda settings: consumer)
+    plan = SourcePlan(KafkaSettings(), (("video", 0),), {("video", 0): next_offset}, barrier_interval_s=0.0)
+    rows = itertools.chain.from_iterable(rows_of(block) for block in read_forever(plan))
+    return list(itertools.islice(rows, n_rows))
+
+
+@pytest.mark.parametrize("highwater", [0, 2])
+def test_source_when_the_topic_is_made_anew_while_it_is_read_then_refused(monkeypatch, highwater):
+    consumer = HighwaterConsumer(3, highwater, asked=highwater)
+
+    with pytest.raises(TopicAnewError, match=rf"video\[0\]: .* goes on at offset 3, .* ends at {highwater}\."):
+        read_from(consumer, monkeypatch, 20)
+
+
+@pytest.mark.parametrize(
+    ("highwater", "asked"),
+    [(None, 3), (3, 3), (4, 4), (2, 3)],
+    ids=["not known yet", "all read", "more there", "of a replica that is behind"],
+)
+def test_source_when_the_end_is_not_before_what_was_read_then_it_goes_on(monkeypatch, highwater, asked):
+    rows = read_from(HighwaterConsumer(3, highwater, asked), monkeypatch, 20)
+
+    assert Barrier.from_row(rows[-1]).positions[0].next_offset == 3
+
+
+def test_source_when_a_transaction_is_open_as_a_lane_starts_then_it_goes_on(monkeypatch):
+    """The embedded broker then says that what is committed ends at 0."""
+
+    class OpenTransaction(FakeConsumer):
+        def end_offsets(self, partitions):
+            return dict.fromkeys(partitions, 0)
+
+    def open_consumer(settings):
+        every_record = settings.client.get("isolation_level") == "read_uncommitted"
+        return (FakeConsumer if every_record else OpenTransaction)({VIDEO: (0, 3)})
+
+    monkeypatch.setattr(kafka_source, "open_consumer", open_consumer)
+    plan = SourcePlan(KafkaSettings(), (("video", 0),), {("video", 0): 3}, barrier_interval_s=0.0)
+
+    (row,) = rows_of(next(read_forever(plan)))
+
+    assert Barrier.from_row(row).positions[0].next_offset == 3
+
+
+def test_source_when_a_lane_goes_on_past_the_end_of_a_topic_made_anew_then_refused(monkeypatch):
+    with pytest.raises(TopicAnewError, match=r"goes on at offset 44, .* ends at 43"):
+        read_from(FakeConsumer({VIDEO: (0, 43)}), monkeypatch, 1, next_offset=44)
 
 
 def test_source_when_a_compacted_topic_has_holes_then_the_rest_comes_and_positions_step_over_them(read):

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from stormline.operators.errors import CommitError, SourceError, StormlineError
+from stormline.operators.errors import CommitError, SourceError, StormlineError, TopicAnewError
 from stormline.pipeline import kafka_source, partition_watch
 from stormline.pipeline import lane as lane_module
 from stormline.pipeline import supervisor as supervisor_module
@@ -296,6 +296,23 @@ def test_root_cause_when_ray_data_has_added_its_advice_then_what_failed_is_still
 
     assert root_cause(of_ray.as_instanceof_cause()) == "SourceError: Reading failed at kafka:9092."
     assert root_cause(ValueError("Traceback\n  File\nKeyError: 3")) == "ValueError: KeyError: 3"
+
+
+def test_lane_when_its_topic_was_made_anew_then_the_run_ends_before_the_new_one_has_come_as_far(failed, monkeypatch):
+    supervisor, slot, _ = failed
+    error = TopicAnewError("video[0]: it goes on at offset 20, but the broker ends at 15.")
+    of_ray = RayTaskError("run", "ray::Lane.run()", error, "ray::Lane.run", 1, "127.0.0.1", "Lane", "abc")
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+    def get(ref):
+        raise of_ray.as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+
+    with pytest.raises(TopicAnewError, match=r"lane 0 .*offset 20, but the broker ends at 15\. .*committed is safe"):
+        supervisor._lane_ended(slot)
+
+    assert (slot.actor, slot.restarts) == (None, 0)
 
 
 @pytest.fixture
