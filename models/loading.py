@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlamaConfig, SiglipVisionConfig
 from transformers.utils.import_utils import is_accelerate_available
@@ -52,7 +56,8 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
 
     Raises:
         FileNotFoundError: If there is no such folder and the name is no hub id.
-        ValueError: On an unknown dtype, a device that is not there, or a checkpoint whose sizes do not fit.
+        ValueError: On an unknown dtype, a device that is not there, a model that was not imported, or a checkpoint that
+            cannot be read or lacks weights.
     """
     place = choose_device(device)
     kind = _choose_dtype(dtype, place)
@@ -65,7 +70,7 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
         source, name = resolve_model(DEFAULT_FOLDER if path is None else path)
         # With accelerate, weights go from the file to the device one by one; without, through memory.
         straight: dict[str, Any] = {"device_map": place} if place.type != "cpu" and is_accelerate_available() else {}
-        model = StormForConditionalGeneration.from_pretrained(source, dtype=kind, **straight)
+        model = _read_model(source, dtype=kind, **straight)
         processor = StormProcessor.from_pretrained(source)
         if model.config.imported_config is not None:
             name = model.config.imported_config.name
@@ -76,6 +81,54 @@ def load_model(path: str | Path | None = None, *, device: str = "auto", dtype: s
     if place.type == "cpu":
         use_exact_decoding(model)
     return LoadedModel(model, processor, name, model.config.trained, fingerprint)
+
+
+def _read_model(source: str, **options: Any) -> StormForConditionalGeneration:
+    """Build the model of a folder or the hub. transformers draws weights that it does not find; here none may lack.
+
+    Raises:
+        ValueError: If it cannot be read, is no STORM model, or its weights are not those of its configuration.
+    """
+    try:
+        values, _ = StormConfig.get_config_dict(source)
+        if (kind := values.get("model_type")) != StormConfig.model_type:
+            raise ValueError(
+                f"{source} holds a model of type {kind!r}; expected {StormConfig.model_type!r}. "
+                f"Import it first: stormline import {source}"
+            )
+        with _no_load_report():
+            loaded: Any = StormForConditionalGeneration.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the model {source} cannot be read: {error}") from error
+    model, found = loaded
+    wrong = {
+        "missing": sorted(found["missing_keys"]),
+        "too many": sorted(found["unexpected_keys"]),
+        "of another size": sorted(key for key, *_ in found["mismatched_keys"]),
+    }
+    if told := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys]:
+        raise ValueError(
+            f"the weights of {source} are not those that its config.json needs: {', '.join(told)}. "
+            "Copy the model again, or undo what was changed in its config.json"
+        )
+    return model
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Within, transformers logs no table of what is missing, which is told in one line after it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_error)  # at a higher level than its own it would log something else
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def save_model(

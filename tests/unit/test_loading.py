@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from small_sources import save_source
+from typer.testing import CliRunner
 
 from stormline.models import loading
 from stormline.models.generation import generate_answers
 from stormline.models.loading import build_untrained_tiny, choose_device, fingerprint_model, load_model, save_model
 from stormline.models.prompts import VideoPrompt
 from stormline.models.selection import VideoChunk
+from stormline.operators.errors import SettingsError
+from stormline.pipeline.cli import app
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
 
@@ -84,6 +93,67 @@ def test_load_when_the_folder_mixes_two_models_then_raises(tmp_path):
 
     with pytest.raises(ValueError, match="The folder mixes files of two models"):
         load_model(tmp_path, device="cpu")
+
+
+def without_a_weight(weights):
+    del weights["temporal_encoder.blocks.0.norm.weight"]
+
+
+def with_one_too_many(weights):
+    weights["temporal_encoder.blocks.9.norm.weight"] = torch.ones(128)
+
+
+def with_a_smaller_one(weights):
+    weights["temporal_encoder.blocks.0.norm.weight"] = torch.ones(64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_weight, "1 missing"),
+        (with_one_too_many, r"1 too many \(temporal_encoder.blocks.9.norm.weight"),
+        (with_a_smaller_one, "1 of another size"),
+    ],
+)
+def test_load_when_weights_are_not_those_of_the_configuration_then_raises(folder, tmp_path, change, message):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    weights = load_file(copied / "model.safetensors")
+    change(weights)
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(ValueError, match=rf"the weights of .*copied are not those .*: {message}"):
+        load_model(copied, device="cpu")
+
+
+def test_load_when_the_configuration_wants_more_weights_then_raises(folder, tmp_path):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text())
+    config["temporal"] |= {"n_layers": 2, "scan_orders": ["location", "location"]}
+    (copied / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ValueError, match=r"missing \(temporal_encoder\.blocks\.1"):
+        load_model(copied, device="cpu")
+
+
+def test_load_when_files_are_cut_off_or_gone_then_the_error_names_the_folder(folder, tmp_path):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    weights = copied / "model.safetensors"
+
+    for damage in (lambda: weights.write_bytes(weights.read_bytes()[:-1000]), weights.unlink):
+        damage()
+        with pytest.raises(ValueError, match=r"the model .*copied cannot be read"):
+            load_model(copied, device="cpu")
+
+
+def test_eval_when_a_model_was_not_imported_then_says_so_in_one_line(tmp_path, caplog):
+    save_source("llava", tmp_path / "source")
+
+    with caplog.at_level(logging.WARNING):
+        result = CliRunner().invoke(app, ["eval", str(tmp_path / "source"), "--device", "cpu"])
+
+    assert isinstance(result.exception, SettingsError)
+    assert re.search(r"holds a model of type 'llava'; expected 'storm'\. Import it first", str(result.exception))
+    assert (caplog.messages, len(str(result.exception).splitlines())) == ([], 1)
 
 
 def test_load_when_bfloat16_is_asked_for_then_streams_and_answers_in_it(folder):
