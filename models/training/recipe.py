@@ -197,16 +197,9 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r} has stages {names}; expected one or more, each with its own name")
-        chunk = self.model.chunk_frames
-        for stage in self.stages:
-            if stage.task == "text" and (
-                stage.clip_frames % chunk
-                or (stage.data is None and max(stage.window_chunks) * chunk > stage.clip_frames)
-            ):
-                raise ValueError(
-                    f"stage {stage.name!r}: clip_frames is {stage.clip_frames}; expected a multiple of the model's "
-                    f"{chunk} frames in a chunk, and room for windows of {max(stage.window_chunks)} chunks"
-                )
+        if self.start_from is None:  # else the model to start from knows its chunks
+            for stage in self.stages:
+                check_chunks(stage, self.model.chunk_frames)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON types."""
@@ -225,6 +218,22 @@ class Recipe:
             stages.append(Stage(**values))
         values = {f.name: getattr(self, f.name) for f in fields(Recipe)}
         return Recipe(**{**values, "stages": tuple(stages)})
+
+
+def check_chunks(stage: Stage, chunk_frames: int) -> None:
+    """Refuse a stage whose clips or windows do not go with a model's frames in a chunk.
+
+    Raises:
+        ValueError: If a clip is no whole number of chunks, or has no room for the windows.
+    """
+    if stage.task != "text":
+        return
+    n_longest = max(stage.window_chunks) if stage.data is None else 0
+    if stage.clip_frames % chunk_frames or n_longest * chunk_frames > stage.clip_frames:
+        raise ValueError(
+            f"stage {stage.name!r}: clip_frames is {stage.clip_frames}; expected a multiple of the model's "
+            f"{chunk_frames} frames in a chunk{f', and room for windows of {n_longest} chunks' if n_longest else ''}"
+        )
 
 
 def load_recipe(source: str | Path) -> Recipe:

@@ -29,7 +29,7 @@ from .lora import Adapters
 from .new_model import build_model
 from .pairs import check_videos, read_pairs
 from .ranks import Ranks
-from .recipe import PARTS, Recipe, Stage, recipe_from_dict
+from .recipe import PARTS, Recipe, Stage, check_chunks, recipe_from_dict
 from .tasks import Task, build_task
 from .train_state import Optimizers, build_optimizers, load_state, save_state
 
@@ -109,8 +109,9 @@ class Trainer:
 
         Raises:
             FileNotFoundError: If the data of a stage that is left, or a video that they name, is not there.
-            ValueError: If a stage's batch cannot be shared, the data of a stage that is left cannot be trained on, or
-                the folder holds the training of another recipe. Stages not yet begun may have changed.
+            ValueError: If a stage's batch cannot be shared, the data of a stage that is left cannot be trained on, its
+                clips are no whole chunks of the model, or the folder holds the training of another recipe. Stages not
+                yet begun may have changed.
         """
         self.recipe, self.folder = recipe, Path(folder)
         self._clock, self._save_every_s = clock, save_every_s
@@ -127,6 +128,7 @@ class Trainer:
         self._restored: dict[str, Tensor] = {}
         self._restore()
         for stage in recipe.stages[self._stage_index :]:
+            check_chunks(stage, self.model.config.chunk_frames)
             if stage.data is not None:
                 check_videos(read_pairs(stage.data))
 

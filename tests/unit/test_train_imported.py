@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_sources import save_source
 
-from stormline.models.importing import import_model
+from stormline.models.importing import ImportOptions, import_model
 from stormline.models.loading import load_model
 from stormline.models.training.feature_cache import FeatureCache
 from stormline.models.training.lora import Lora
@@ -103,6 +103,19 @@ def test_trainer_when_a_later_stage_trains_another_part_then_goes_on(start, tmp_
 
     assert stopped is None
     assert hashes(load_model(pieces, device="cpu").model) == hashes(load_model(whole, device="cpu").model)
+
+
+def test_trainer_when_clips_are_no_whole_chunks_of_the_model_then_refused(start, tmp_path):
+    for name, chunk_frames, temporal_pool in (("eight", 8, 4), ("two", 2, 2)):
+        options = ImportOptions(chunk_frames=chunk_frames, temporal_pool=temporal_pool)
+        import_model(start.parent / "source", tmp_path / name, options)
+
+    for clip_frames in (4, 12, 20):
+        with pytest.raises(ValueError, match=rf"clip_frames is {clip_frames}; expected a multiple of the model's 8"):
+            Trainer(make_recipe(tmp_path / "eight", clip_frames=clip_frames), tmp_path / "out", device="cpu")
+    with pytest.raises(ValueError, match="room for windows of 2 chunks"):
+        Trainer(make_recipe(tmp_path / "eight", clip_frames=8), tmp_path / "out", device="cpu")
+    Trainer(make_recipe(tmp_path / "two", clip_frames=6), tmp_path / "out", device="cpu")
 
 
 def test_trainer_when_it_adapts_the_language_model_with_lora_then_the_result_is_an_ordinary_model(start, tmp_path):
