@@ -23,6 +23,7 @@ from .real_video import read_stretch, stretch_s
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 HELD_OUT_EVERY = 10  # of the videos, one in so many is not trained on, where there are as many
+_LONGEST_S = 1e9  # no video is as long: 30 years
 _KEYS = {"video", "answer", "prompt", "start_s", "stop_s"}
 
 
@@ -72,7 +73,7 @@ def read_pairs(source: str | Path) -> list[VideoTexts]:
             if video.suffix.lower() in VIDEO_SUFFIXES and (text := video.with_suffix(".txt")).is_file()
         ]
     elif path.suffix == ".jsonl" and path.is_file():
-        lines = _text_of(path).splitlines()
+        lines = _text_of(path).split("\n")  # JSON may hold what Unicode ends lines with
         records = [(f"{path}:{i}", path.parent, _parse(f"{path}:{i}", x)) for i, x in enumerate(lines, 1) if x.strip()]
     elif path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet as pq
@@ -124,13 +125,25 @@ def _parse(where: str, line: str) -> dict[str, Any]:
     return record
 
 
+def _check(where: str, record: Mapping[str, Any]) -> None:
+    for key in ("video", "answer", "prompt"):
+        if not isinstance(record.get(key), str | None):
+            raise ValueError(f"{where}: {key} is {record[key]!r}; expected text, in quotes")
+    for key in ("video", "answer"):
+        if not (record.get(key) or "").strip():
+            raise ValueError(f"{where}: got {dict(record)}; expected a video and an answer, neither empty")
+    for key in ("start_s", "stop_s"):
+        value = record.get(key)
+        if value is not None and (type(value) not in (int, float) or not abs(value) <= _LONGEST_S):
+            raise ValueError(f"{where}: {key} is {value!r}; expected a number of seconds")
+
+
 def _grouped(records: Iterable[tuple[str, Path, Mapping[str, Any]]]) -> list[VideoTexts]:
     groups: dict[tuple[Path, float, float | None], list[Question]] = {}
     for where, folder, record in records:
         if unknown := sorted(set(record) - _KEYS):
             raise ValueError(f"{where}: unknown keys {unknown}; expected only {sorted(_KEYS)}")
-        if not record.get("video") or not record.get("answer"):
-            raise ValueError(f"{where}: got {dict(record)}; expected a video and an answer, neither empty")
+        _check(where, record)
         video = folder / record["video"]
         if not video.is_file():
             raise FileNotFoundError(f"{where}: there is no video {video}")
@@ -139,6 +152,6 @@ def _grouped(records: Iterable[tuple[str, Path, Mapping[str, Any]]]) -> list[Vid
             raise ValueError(f"{where}: runs from {start_s} s to {stop_s} s; expected 0 or more, then a later time")
         prompt = record.get("prompt") or CAPTION_PROMPT
         kind = "caption" if prompt == CAPTION_PROMPT else "question"
-        question = Question(kind, prompt, str(record["answer"]), None)
+        question = Question(kind, prompt, record["answer"], None)
         groups.setdefault((video, start_s, None if stop_s is None else float(stop_s)), []).append(question)
     return [VideoTexts(video, start, stop, tuple(asked)) for (video, start, stop), asked in groups.items()]

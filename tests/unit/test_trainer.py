@@ -326,6 +326,16 @@ def test_pairs_when_text_begins_with_a_byte_order_mark_then_it_is_not_learnt(pai
     assert read_pairs(pairs_folder / "one.jsonl")[0].questions[0].answer == "dark"
 
 
+def test_pairs_when_an_answer_holds_unicodes_line_ends_then_it_is_one_line(pairs_folder):
+    answer = "Cars wait.\u2028Then they go.\u2029Night\u0085falls."
+    line = json.dumps({"video": "dark.mp4", "answer": answer}, ensure_ascii=False)
+    (pairs_folder / "one.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+
+    (pair,) = read_pairs(pairs_folder / "one.jsonl")
+
+    assert [q.answer for q in pair.questions] == [answer, answer]
+
+
 def test_pairs_when_text_is_not_utf8_then_says_which(pairs_folder):
     (pairs_folder / "dark.txt").write_bytes("über".encode("latin-1"))
 
@@ -560,6 +570,14 @@ def test_pairs_when_many_videos_then_every_tenth_is_held_out(pairs_folder):
         ('{"video": "none.mp4", "answer": "x"}', FileNotFoundError, "there is no video"),
         ('{"video": "dark.mp4", "answer": "x", "start_s": 3, "stop_s": 1}', ValueError, "runs from 3.0 s to 1 s"),
         ('{"video": "dark.mp4", "answer": "x", "text": "y"}', ValueError, r"unknown keys \['text'\]"),
+        ('{"video": "dark.mp4", "answer": "x", "start_s": "1", "stop_s": "2"}', ValueError, ":1: start_s is '1'"),
+        ('{"video": "dark.mp4", "answer": "x", "start_s": NaN}', ValueError, "start_s is nan; expected a number of"),
+        ('{"video": "dark.mp4", "answer": "x", "stop_s": 1e999}', ValueError, "stop_s is inf; expected a number of"),
+        ('{"video": "dark.mp4", "answer": "x", "stop_s": true}', ValueError, "stop_s is True; expected a number of"),
+        ('{"video": 5, "answer": "x"}', ValueError, "bad.jsonl:1: video is 5; expected text"),
+        ('{"video": "dark.mp4", "answer": 0}', ValueError, "bad.jsonl:1: answer is 0; expected text"),
+        ('{"video": "dark.mp4", "answer": "x", "prompt": 5}', ValueError, "bad.jsonl:1: prompt is 5; expected text"),
+        ('{"video": "dark.mp4", "answer": "   "}', ValueError, "bad.jsonl:1: .*neither empty"),
     ],
 )
 def test_pairs_when_a_line_is_wrong_then_says_where(pairs_folder, line, error, message):
