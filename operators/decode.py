@@ -28,6 +28,7 @@ from .in_hand import DEATHS_ALLOWED, MarkFile, RecordKey, Suspect
 from .media import (
     ImageReader,
     VideoReader,
+    check_unchanged,
     decode_image,
     ffmpeg_errors,
     open_media,
@@ -72,6 +73,7 @@ REASONS = {
     "no_frames": "a video stream of which no frame could be decoded",
     "crashes": "its decoder or the encoder died of it, or of something else while at it, three times",
     "unreadable": "a file of an archive that could not be opened or read",
+    "changed": "a file of an archive is not the one that was found: it changed meanwhile, and is done again as that",
     "error": "an error of ours; the log has its traceback",
     # notices: the segment was used
     "damaged": "some frames were lost",
@@ -466,10 +468,11 @@ class Decode:
         """Decode a part of a file, within `DecodeLimits.of_file`.
 
         Raises:
-            MediaError: As `decode_segment`; and `unreadable`.
+            MediaError: As `decode_segment`; and `unreadable`, and `changed`, also while it was read.
         """
         try:
-            return decode_file(
+            check_unchanged(file.uri, file.n_bytes, file.mtime_ns)
+            decoded = decode_file(
                 file.uri,
                 meta,
                 grid=self.grid,
@@ -481,6 +484,8 @@ class Decode:
                 with_picture=self.pace.due(meta.stream_id),
                 dense_streams=self.dense_streams,
             )
+            check_unchanged(file.uri, file.n_bytes, file.mtime_ns)
+            return decoded
         except OSError as error:
             reason = f"cannot read {table_text(file.uri)}: {error.strerror or error}"
             raise MediaError("unreadable", reason) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import av.logging
 
 from ..models.video_files import choose_video_stream, is_cover
 from .errors import MediaError
+from .rows import table_text
 
 if TYPE_CHECKING:
     from av.codec.context import CodecContext
@@ -103,6 +105,39 @@ def opened_uri(uri: str | Path) -> Iterator[str | Path | IO[bytes]]:
 def is_address(uri: str | Path) -> bool:
     """Tell an address of `pyarrow.fs` from a local path."""
     return isinstance(uri, str) and re.match(r"[a-z][a-z0-9+.-]*://", uri) is not None
+
+
+def stat_file(uri: str) -> tuple[int, int]:
+    """Return the size and the time of change in ns of what `opened_uri` opens.
+
+    Raises:
+        OSError: If it is not there.
+    """
+    if not is_address(uri):
+        stat = os.stat(uri)
+        return stat.st_size, stat.st_mtime_ns
+    from pyarrow.fs import FileSystem, FileType
+
+    system, path = FileSystem.from_uri(uri)
+    info = system.get_file_info(path)
+    if info.type == FileType.NotFound:
+        raise FileNotFoundError(2, "no such file", uri)
+    return info.size or 0, info.mtime_ns or 0
+
+
+def check_unchanged(uri: str, n_bytes: int, mtime_ns: int) -> None:
+    """Refuse a file that is not the one that was found.
+
+    Raises:
+        MediaError: `changed`.
+        OSError: If it is not there.
+    """
+    now = stat_file(uri)
+    if now != (n_bytes, mtime_ns):
+        raise MediaError(
+            "changed", f"{table_text(uri)} changed after it was found ({n_bytes} bytes then, {now[0]} now); "
+            "the next run takes it up as a new version"
+        )  # fmt: skip
 
 
 def open_media(source: Buffer | str | Path | IO[bytes], *, max_frame_px: int = MAX_FRAME_PX) -> InputContainer:

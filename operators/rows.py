@@ -156,6 +156,8 @@ class FileRange:
     keep_from_pts: int | None  # what is shown before belongs to the range before, and is decoded for reference only
     stop_pts: int | None  # of the keyframe that begins the next range; None: the file's end
     origin_pts: int | None  # of the frame at the session's start; None: the first one
+    n_bytes: int  # of the whole file, and its time of change, as it was found: another file has other ranges
+    mtime_ns: int
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ...operators.errors import SettingsError
-from ...operators.media import is_address
+from ...operators.media import is_address, stat_file
 from ..publish.inputs import VIDEO_SUFFIXES
 
 LIST_SUFFIXES = (".csv", ".parquet")
@@ -63,24 +63,6 @@ def content_hash(uri: str) -> str:
     return digest.hexdigest()
 
 
-def stat_video(uri: str) -> tuple[int, int]:
-    """Return a file's size and time of change in ns.
-
-    Raises:
-        OSError: If it is not there.
-    """
-    if not is_address(uri):
-        stat = os.stat(uri)
-        return stat.st_size, stat.st_mtime_ns
-    from pyarrow.fs import FileSystem, FileType
-
-    system, path = FileSystem.from_uri(uri)
-    info = system.get_file_info(path)
-    if info.type == FileType.NotFound:
-        raise FileNotFoundError(2, "no such file", uri)
-    return info.size or 0, info.mtime_ns or 0
-
-
 def _expand(source: str) -> Iterator[FoundVideo]:
     if is_address(source):
         yield from _of_address(source)
@@ -121,7 +103,7 @@ def _is_video(name: str) -> bool:
 def _local(path: Path, name: str) -> FoundVideo:
     uri = os.path.abspath(path)
     try:
-        return FoundVideo(uri, name, *stat_video(uri))
+        return FoundVideo(uri, name, *stat_file(uri))
     except OSError:
         return FoundVideo(uri, name, -1, 0)
 
@@ -154,7 +136,7 @@ def _of_list(path: Path) -> Iterator[FoundVideo]:
             continue
         if is_address(text):
             try:
-                yield FoundVideo(text, text.partition("://")[2], *stat_video(text))
+                yield FoundVideo(text, text.partition("://")[2], *stat_file(text))
             except OSError:
                 yield FoundVideo(text, text.partition("://")[2], -1, 0)
         else:

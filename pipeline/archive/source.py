@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from ...operators.busy_time import BusyTime
 from ...operators.errors import MediaError
+from ...operators.media import check_unchanged
 from ...operators.rows import Barrier, DeadLetter, FileRange, Position, Segment, SegmentMeta, block_of, table_text
 from ..lane_source import BarrierTimer, LaneSource
 from .feed import ArchivePlan
 from .file_ranges import CutRange, cut_file
-from .find_videos import stat_video
 from .work_list import RANGES_PER_VIDEO, TOPIC, WorkItem, WorkList, by_partition
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 FOLLOW_S = 1.0  # between two looks at the list's end
 PACE_POLL_S = 0.1  # each look costs two processes some CPU
 REASONS = {
-    "changed": "the file is not the one that was found: it changed meanwhile, and is done again as that",
     "cut_short": "reading broke off before the file's end; what came before was used",
     "error": "an error of ours; the log has its traceback",
 }
@@ -178,7 +177,9 @@ def segments_of(item: WorkItem, range_s: float, skip: int = 0) -> Iterator[Segme
     """
     next_seq = skip
     try:
-        check_unchanged(item)
+        check_unchanged(item.uri, item.n_bytes, item.mtime_ns)
+        if not item.n_bytes:
+            raise MediaError("empty", f"{item.uri} has no bytes; expected a video")
         for seq, cut in enumerate(cut_file(item.uri, range_s)):
             if seq == next_seq:
                 yield _segment(item, seq, cut)
@@ -196,26 +197,10 @@ def segments_of(item: WorkItem, range_s: float, skip: int = 0) -> Iterator[Segme
     yield _nothing_more(item, next_seq, reason, detail)
 
 
-def check_unchanged(item: WorkItem) -> None:
-    """Refuse a file that is not the one that was found.
-
-    Raises:
-        MediaError: `changed`, or `empty`.
-        OSError: If it is not there.
-    """
-    n_bytes, mtime_ns = stat_video(item.uri)
-    if not n_bytes:
-        raise MediaError("empty", f"{item.uri} has no bytes; expected a video")
-    if (n_bytes, mtime_ns) != (item.n_bytes, item.mtime_ns):
-        raise MediaError(
-            "changed", f"{item.uri} changed after it was found ({item.n_bytes} bytes then, {n_bytes} now); "
-            "the next run takes it up as a new version"
-        )  # fmt: skip
-
-
 def _segment(item: WorkItem, seq: int, cut: CutRange) -> Segment:
     meta = _meta(item, seq, end=cut.last, start_ns=item.start_ns + cut.elapsed_ns, n_bytes=cut.n_bytes)
-    file = FileRange(item.uri, cut.start_pts, cut.keep_from_pts, cut.stop_pts, cut.origin_pts)
+    pts = cut.start_pts, cut.keep_from_pts, cut.stop_pts, cut.origin_pts
+    file = FileRange(item.uri, *pts, n_bytes=item.n_bytes, mtime_ns=item.mtime_ns)
     letters = (DeadLetter.of(meta, "cut_short", table_text(f"{item.uri}: {cut.broken}")),) if cut.broken else ()
     return Segment(meta, b"", letters, file)
 

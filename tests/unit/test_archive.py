@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from archive_clips import OPEN_GOPS, write_clip, write_sound
 
+from stormline.operators import decode
 from stormline.operators.decode import Decode, decode_file
 from stormline.operators.errors import CheckpointError, SettingsError
 from stormline.operators.media import open_media
@@ -170,6 +171,36 @@ def test_video_when_it_changed_after_it_was_found_then_it_is_not_taken_for_the_o
     (segment,) = segments_of(item, 2.0)
 
     assert [letter.reason for letter in segment.dead_letters] == ["changed"]
+
+
+def test_video_when_it_is_replaced_between_two_ranges_then_the_rest_is_not_taken_from_the_other(clips, tmp_path):
+    path = tmp_path / "x.mp4"
+    path.write_bytes(clips["closed"].read_bytes())
+    segments = list(segments_of(item_of(path), 2.0))
+
+    first = through_a_lane(segments[0])
+    write_clip(tmp_path / "other.mp4", 12, seed=9).replace(path)
+    second = through_a_lane(segments[1])
+
+    assert (first.n_frames, first.dead_letters) == (16, ())
+    assert (second.failed, [letter.reason for letter in second.dead_letters]) == (True, ["changed"])
+    assert "takes it up as a new version" in second.dead_letters[0].detail
+
+
+def test_video_when_it_is_overwritten_while_a_range_is_read_then_that_range_is_not_used(clips, tmp_path, monkeypatch):
+    path = tmp_path / "x.mp4"
+    path.write_bytes(clips["closed"].read_bytes())
+    segments = list(segments_of(item_of(path), 2.0))
+    real = decode.decode_file
+
+    def overwritten(*args, **kwargs):
+        decoded = real(*args, **kwargs)
+        path.write_bytes(b"something else")
+        return decoded
+
+    monkeypatch.setattr(decode, "decode_file", overwritten)
+
+    assert [letter.reason for letter in through_a_lane(segments[0]).dead_letters] == ["changed"]
 
 
 def test_video_when_it_breaks_off_then_what_came_before_is_kept_and_the_end_told(clips, tmp_path):

@@ -349,11 +349,16 @@ def test_decode_segment_when_longer_than_the_limit_then_keeps_the_start_and_says
     assert [d.reason for d in (*few.dead_letters, *small.dead_letters)] == ["too_long", "too_long"]
 
 
+def whole_file(path):
+    stat = path.stat()
+    return FileRange(str(path), None, None, None, None, stat.st_size, stat.st_mtime_ns)
+
+
 def test_decode_step_when_a_file_cannot_be_cut_then_a_records_limits_do_not_end_it(tmp_path):
     path = tmp_path / "long.mkv"
     path.write_bytes(make_video(options=(("g", "1000"),)))
     step = make_step(limits=DecodeLimits(max_frames=30, max_span_ns=NS_PER_S))
-    segment = Segment(make_meta(), b"", (), FileRange(str(path), None, None, None, None))
+    segment = Segment(make_meta(), b"", (), whole_file(path))
 
     decoded = step.decode(segment)
 
@@ -365,7 +370,7 @@ def test_decode_step_when_a_timestamp_in_a_file_leaps_then_that_frame_alone_is_l
     path = tmp_path / "wild.nut"
     path.write_bytes(make_video_with_times([0, 40, 80, 120, 7_200_000]))
 
-    decoded = make_step().decode(Segment(make_meta(), b"", (), FileRange(str(path), None, None, None, None)))
+    decoded = make_step().decode(Segment(make_meta(), b"", (), whole_file(path)))
 
     assert (decoded.n_frames, decoded.tail_ns) == (4, START_NS + 120 * NS_PER_MS)
 
