@@ -7,6 +7,7 @@ themselves are let in, by `format_whitelist`. A picture's size is limited before
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -111,15 +112,19 @@ def stat_file(uri: str) -> tuple[int, int]:
     """Return the size and the time of change in ns of what `opened_uri` opens.
 
     Raises:
-        OSError: If it is not there.
+        OSError: If it is not there, or cannot be: an address of no file system that `pyarrow.fs` knows, a path with a
+            NUL.
     """
-    if not is_address(uri):
-        stat = os.stat(uri)
-        return stat.st_size, stat.st_mtime_ns
-    from pyarrow.fs import FileSystem, FileType
+    try:
+        if not is_address(uri):
+            stat = os.stat(uri)
+            return stat.st_size, stat.st_mtime_ns
+        from pyarrow.fs import FileSystem, FileType
 
-    system, path = FileSystem.from_uri(uri)
-    info = system.get_file_info(path)
+        system, path = FileSystem.from_uri(uri)
+        info = system.get_file_info(path)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), uri) from error
     if info.type == FileType.NotFound:
         raise FileNotFoundError(2, "no such file", uri)
     return info.size or 0, info.mtime_ns or 0

@@ -266,3 +266,5 @@ class ArchiveWatch:
                 self._feed.look_again()
             except (SettingsError, OSError) as error:  # a folder that is away for a while
                 logger.warning("not looked for new videos: %s", error)
+            except Exception:  # the edge of the thread: nobody would notice that it looks no more
+                logger.exception("not looked for new videos")

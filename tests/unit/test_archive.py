@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -398,6 +399,45 @@ def test_sources_when_a_list_then_its_paths_also_those_that_are_not_there(suffix
     found = find_videos([str(listed)])
 
     assert [(v.name, v.n_bytes) for v in found] == [("v/a, b.mp4", 1), ("gone.mp4", -1)]
+
+
+def test_sources_when_a_list_names_what_no_file_system_has_then_those_lines_are_failed_videos(clips, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(clips["closed"].read_bytes())
+    names = ["http://cdn.example.org/x.mp4", "nul\0.mp4", "a.mp4"]
+    pq.write_table(pa.table({"path": names}), tmp_path / "list.parquet")
+
+    feed_of(tmp_path / "out", tmp_path / "list.parquet")
+
+    items = WorkList(tmp_path / "out").read()
+    first = {item.stream_id: next(segments_of(item, 20.0)) for item in items}
+    reasons = {name: [letter.reason for letter in segment.dead_letters] for name, segment in first.items()}
+    assert reasons == {"cdn.example.org/x.mp4": ["unreadable"], "nul\0.mp4": ["unreadable"], "a.mp4": []}
+    assert "Unrecognized filesystem" in first["cdn.example.org/x.mp4"].dead_letters[0].detail
+
+
+class FeedThatFails(ArchiveFeed):
+    """Fails at its first look, for a reason that nobody thought of; keeps how often it looked."""
+
+    n_looks = 0
+    looked_again = threading.Event()
+
+    def look_again(self):
+        self.n_looks += 1
+        if self.n_looks == 1:
+            raise RuntimeError("nobody thought of that")
+        self.looked_again.set()
+
+
+def test_watch_when_a_look_fails_unexpectedly_then_it_says_so_and_goes_on_looking(tmp_path, caplog):
+    feed = FeedThatFails(tmp_path / "out", ArchiveOptions([str(tmp_path)], watch_s=0.001), lambda text: None)
+    watch = feed.watch()
+
+    watch.start()
+    looked_again = feed.looked_again.wait(10)
+    watch.stop()
+
+    assert looked_again
+    assert "nobody thought of that" in caplog.text
 
 
 def test_sources_when_nothing_is_there_then_refused_with_what_was_expected(tmp_path):
