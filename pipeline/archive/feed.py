@@ -49,6 +49,9 @@ class ArchiveFeed:
         options: What to archive.
         tell: Told what is found, in a sentence.
         now_ns: The clock that tells how old a file is.
+
+    Attributes:
+        is_listed: Whether the work list was brought up to date: before, it tells nothing of what is to do.
     """
 
     identity: Mapping[str, str] = MappingProxyType({"source": TOPIC})  # such a folder is not one of live streams
@@ -62,6 +65,7 @@ class ArchiveFeed:
     ):
         self.root = root.absolute()
         self.options = options
+        self.is_listed = False
         self._list = WorkList(self.root)
         self._tell = tell
         self._now_ns = now_ns
@@ -97,6 +101,7 @@ class ArchiveFeed:
         count = max(lanes, *(item.partition + 1 for item in items)) if items else lanes
         self._n_partitions = count
         self._add(find_videos(self.options.sources), items, count)
+        self.is_listed = True
         return [(TOPIC, partition) for partition in range(count)]
 
     def recovered(self) -> None:

@@ -125,6 +125,9 @@ def archive(
     supervisor = Supervisor(settings, on_phase=progress.phase, archive=feed, leave=begin_again)
     with on_stop_signal(supervisor.request_stop, progress.phase), progress:
         status = supervisor.run(on_status=progress.status, on_ready=progress.ready)
+    if not feed.is_listed:  # stopped while Ray was starting: there is work, and none of it was begun
+        progress.phase("stopped before it began: what there is to do is still to do; the same command does it")
+        sys.exit(EXIT_UNFINISHED)
     _end(console, progress, status, root)
 
 

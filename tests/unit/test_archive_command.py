@@ -1,5 +1,8 @@
 """`stormline archive` as a command, as far as it needs no lane: its options about times, and its exit status."""
 
+import signal
+from contextlib import contextmanager
+
 import pyarrow.parquet as pq
 import pytest
 from output_folder import Folder
@@ -7,6 +10,7 @@ from typer.testing import CliRunner
 
 from stormline.operators.errors import SettingsError
 from stormline.operators.rows import DeadLetter
+from stormline.pipeline import supervisor
 from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions
 from stormline.pipeline.archive.work_list import RANGES_PER_VIDEO
 from stormline.pipeline.cli import app
@@ -71,6 +75,49 @@ def test_archive_when_a_time_is_none_then_refused_before_anything_is_made(option
     assert isinstance(run.exception, SettingsError)
     assert said in str(run.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def stopped_while_ray_starts(monkeypatch):
+    """Have a stop signal come while Ray starts."""
+
+    @contextmanager
+    def starting(settings, tell, leave):
+        signal.raise_signal(signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr(supervisor, "embedded_ray", starting)
+
+
+@pytest.mark.parametrize("options", [[], ["--watch"]])
+def test_archive_when_stopped_while_ray_starts_then_its_exit_status_says_that_all_is_to_do(
+    stopped_while_ray_starts, options, tmp_path
+):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(b"no video")
+
+    run = CliRunner().invoke(app, ["archive", str(videos), "--out", str(out), *options])
+
+    assert run.exit_code == 130, run.output
+    assert "stopped before it began" in run.output
+    assert not (out / "report.html").exists()
+    assert not (out / "archive").exists()
+
+
+def test_archive_when_stopped_while_ray_starts_and_earlier_videos_are_finished_then_not_taken_for_done(
+    stopped_while_ray_starts, tmp_path
+):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(b"no video")
+    ArchiveFeed(out, ArchiveOptions([str(videos)]), lambda text: None).partitions(1)
+    Folder(out, topic="archive").commit(next_offset=RANGES_PER_VIDEO)
+    (videos / "b.mp4").write_bytes(b"new")
+
+    run = CliRunner().invoke(app, ["archive", str(videos), "--out", str(out)])
+
+    assert run.exit_code == 130, run.output
 
 
 @pytest.mark.parametrize(("reason", "status", "state"), [("not_media", 3, "failed"), (None, 0, "done")])
