@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from urllib.parse import quote
 
 from ...operators.errors import SettingsError
 from ...operators.media import is_address, stat_file
-from ..publish.inputs import VIDEO_SUFFIXES
+from ..publish.inputs import VIDEO_SUFFIXES, glob_once
 
 LIST_SUFFIXES = (".csv", ".parquet")
 PATH_COLUMN = "path"
@@ -73,7 +72,7 @@ def _expand(source: str) -> Iterator[FoundVideo]:
     elif Path(source).is_file():
         yield _local(Path(source), Path(source).name)
     else:
-        files = sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
+        files = [p for p in glob_once(source) if os.path.isfile(p)]
         if not files:
             raise SettingsError(
                 f"{source} is no file, folder, glob that matches a file, or address such as s3://bucket/videos."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -122,11 +124,23 @@ def _expand(source: str) -> list[SourceSpec]:
         return [_file_spec(p) for p in files]
     if path.exists():
         return [_file_spec(path)]
-    files = sorted(Path(p) for p in glob.glob(source, recursive=True))
-    files = [p for p in files if not p.is_dir()]
+    files = [p for p in sorted(map(Path, glob_once(source))) if not p.is_dir()]
     if not files:
         raise PublishError(f"{source} is no file, folder, glob that matches a file, device or URL")
     return [_file_spec(p) for p in files]
+
+
+def glob_once(pattern: str) -> list[str]:
+    """Return what a glob matches, sorted, each entry of a folder once: a link to a folder may lead around in a circle.
+
+    Of several paths to it, it is the one that goes through the fewest folders.
+    """
+    real_folder = cache(os.path.realpath)
+    reached: dict[tuple[str, str], str] = {}
+    for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: (path.count(os.sep), path)):
+        folder, name = os.path.split(path)
+        reached.setdefault((real_folder(folder), name), path)
+    return sorted(reached.values())
 
 
 def _file_spec(path: Path) -> SourceSpec:

@@ -440,6 +440,18 @@ def test_watch_when_a_look_fails_unexpectedly_then_it_says_so_and_goes_on_lookin
     assert "nobody thought of that" in caplog.text
 
 
+def test_sources_when_a_link_below_a_glob_leads_around_in_a_circle_then_each_video_is_found_once(tmp_path):
+    (tmp_path / "videos" / "deep").mkdir(parents=True)
+    for name in ("a.mp4", "deep/a.mp4", "deep/b.mp4"):
+        (tmp_path / "videos" / name).write_text("x")
+    (tmp_path / "videos" / "deep" / "up").symlink_to("..")
+    (tmp_path / "videos" / "deep" / "other name.mp4").symlink_to("b.mp4")
+
+    found = find_videos([str(tmp_path / "videos" / "**" / "*.mp4")])
+
+    assert [video.name for video in found] == ["a.mp4", "deep/a.mp4", "deep/b.mp4", "deep/other name.mp4"]
+
+
 def test_sources_when_nothing_is_there_then_refused_with_what_was_expected(tmp_path):
     with pytest.raises(SettingsError, match="is no file, folder, glob"):
         find_videos([str(tmp_path / "nothing" / "*.mp4")])

@@ -138,6 +138,16 @@ def test_file_when_its_name_has_a_colon_then_it_is_no_address(tmp_path, path, mo
     assert n_got == N_PICTURES
 
 
+def test_glob_when_a_link_leads_around_in_a_circle_then_each_file_is_one_stream(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "gate.mkv").touch()
+    (tmp_path / "deep" / "up").symlink_to("..")
+
+    specs = expand_sources([str(tmp_path / "**" / "*.mkv")])
+
+    assert [spec.source for spec in specs] == [str(tmp_path / "deep" / "gate.mkv")]
+
+
 def test_folder_when_a_file_name_is_not_utf_8_then_its_stream_has_a_name_that_is(tmp_path, path):
     (tmp_path / os.fsdecode(b"caf\xe9.mkv")).write_bytes(path.read_bytes())
 
