@@ -253,7 +253,9 @@ class ServeSettings(_Section):
         "more than 256 chunks.",
     )
     max_tokens: int = Field(256, ge=1, le=100_000, description="Longest answer that may be asked for.")
-    timeout_s: float = Field(120.0, gt=0, description="An answer slower than this is given up.")
+    timeout_s: float = Field(
+        120.0, gt=0, description="A question that is not answered by then, its wait for a turn included, is given up."
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Of a request; a longer one gets 413.")
     max_prompt_chars: int = Field(16_000, ge=1, description="Of all messages of a request together.")
     max_parts: int = Field(8, ge=1, description="Video parts of a request.")

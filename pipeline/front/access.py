@@ -78,25 +78,30 @@ class Admission:
         self._waiting = 0
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, deadline_s: float) -> AsyncIterator[None]:
         """Wait for a turn, and have it within the block.
 
+        Args:
+            deadline_s: Of the wait, by the loop's clock.
+
         Raises:
-            ApiError: 429, where too many wait already.
+            ApiError: 429, where too many wait already, or no turn came in time.
         """
         if self._free.locked() and self._waiting >= self._max_queued:
-            raise ApiError(
-                429,
-                f"{self._waiting} questions wait already; try again in a moment",
-                code="too_many_requests",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise _busy(f"{self._waiting} questions wait already")
         self._waiting += 1
         try:
-            await self._free.acquire()
+            async with asyncio.timeout_at(deadline_s):
+                await self._free.acquire()
+        except TimeoutError:
+            raise _busy("too many questions are being answered, and this one's turn did not come in time") from None
         finally:
             self._waiting -= 1
         try:
             yield
         finally:
             self._free.release()
+
+
+def _busy(why: str) -> ApiError:
+    return ApiError(429, f"{why}; try again in a moment", code="too_many_requests", retry_after_s=RETRY_AFTER_S)

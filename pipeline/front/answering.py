@@ -187,15 +187,25 @@ class Answerer:
             "no_video_in_range",
         )
 
-    async def answer(self, prompt: VideoPrompt, *, in_pieces: bool) -> AsyncIterator[str | VideoAnswer]:
+    def deadline_s(self) -> float:
+        """Return by when a question that comes now has its answer or is given up, by the loop's clock."""
+        return asyncio.get_running_loop().time() + self._limits.timeout_s
+
+    async def answer(
+        self, prompt: VideoPrompt, deadline_s: float, *, in_pieces: bool
+    ) -> AsyncIterator[str | VideoAnswer]:
         """Yield the answer's text as it grows, and at last the whole answer; or that alone, which costs less.
 
         An attempt that failed before its first piece is repeated.
 
+        Args:
+            prompt: From `look`.
+            deadline_s: From `deadline_s`, when the question came.
+            in_pieces: Whether the text is wanted as it grows.
+
         Raises:
             ApiError: 400 if the prompt does not fit the model, 503 if the model cannot be reached, 504 if it is slow.
         """
-        deadline_s = asyncio.get_running_loop().time() + self._limits.timeout_s
         for attempt in range(ATTEMPTS):
             heard = False
             try:

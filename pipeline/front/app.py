@@ -192,9 +192,10 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """Return the answer in one piece."""
-        async with self._admission.slot():
+        deadline_s = self._answerer.deadline_s()
+        async with self._admission.slot(deadline_s):
             prompt, uses = await self._answerer.look(self._asked)
-            (answer,) = [whole async for whole in self._answerer.answer(prompt, in_pieces=False)]
+            (answer,) = [whole async for whole in self._answerer.answer(prompt, deadline_s, in_pieces=False)]
         assert isinstance(answer, VideoAnswer)
         choice = {
             "index": 0,
@@ -216,11 +217,12 @@ class _Completion:
         Raises:
             ApiError: Before the first event alone; later ones are events themselves.
         """
-        async with self._admission.slot():
+        deadline_s = self._answerer.deadline_s()
+        async with self._admission.slot(deadline_s):
             prompt, uses = await self._answerer.look(self._asked)
             begun = False
             try:
-                async for piece in self._answerer.answer(prompt, in_pieces=True):
+                async for piece in self._answerer.answer(prompt, deadline_s, in_pieces=True):
                     if not begun:
                         yield self._event({"role": "assistant", "content": ""})
                         begun = True

@@ -12,6 +12,7 @@ from stormline.models.prompts import ChatTemplateError, VideoAnswer
 from stormline.operators.errors import SettingsError
 from stormline.operators.rows import Chunk
 from stormline.pipeline.durations import format_moment, parse_duration_s
+from stormline.pipeline.front import app as app_module
 from stormline.pipeline.front.access import Admission, check_host, hash_key, new_key
 from stormline.pipeline.front.answering import Answerer
 from stormline.pipeline.front.api_errors import ApiError
@@ -441,7 +442,7 @@ def test_admission_when_full_then_some_wait_and_the_rest_are_told_to_come_again(
         order, gate = [], asyncio.Event()
 
         async def question(name):
-            async with admission.slot():
+            async with admission.slot(asyncio.get_running_loop().time() + 60):
                 order.append(name)
                 await gate.wait()
 
@@ -460,6 +461,17 @@ def test_admission_when_full_then_some_wait_and_the_rest_are_told_to_come_again(
     assert order == ["first", "second", "fourth"]
     assert refused.status == 429
     assert int(refused.headers()["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_chat_when_no_turn_comes_in_time_then_told_to_come_again(tmp_path, monkeypatch, stream):
+    monkeypatch.setattr(app_module, "Admission", lambda max_concurrent, max_queued: Admission(0, max_queued))
+    client = make_client(tmp_path, timeout_s=0.01)
+
+    response = post(client, ask(stream=stream))
+
+    assert error_of(response) == (429, "too_many_requests")
+    assert int(response.headers["Retry-After"]) > 0
 
 
 def test_answer_when_slow_then_504(tmp_path):
