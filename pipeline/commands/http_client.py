@@ -94,6 +94,11 @@ def _open(request: Request, key: str | None, timeout_s: float) -> IO[bytes]:
         return opener.open(request, timeout=timeout_s)
     except HTTPError as error:
         raise _refused(error, bool(key)) from None
+    except TimeoutError:  # a connection that is not taken is a URLError
+        raise StormlineError(
+            f"the service at {parts.scheme}://{parts.netloc} does not answer within {timeout_s:.0f} s: it is busy, or "
+            f"is no service of stormline. Try again in a moment."
+        ) from None
     except ValueError:  # a host's name that no request can have
         raise _no_address(f"{parts.scheme}://{parts.netloc}") from None
     except (URLError, OSError, http.client.HTTPException) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +12,10 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
+from stormline.operators.errors import SettingsError, StormlineError
 from stormline.operators.rows import Chunk, LaneNews, Position, Result
 from stormline.pipeline.cli import app
+from stormline.pipeline.commands import ask as ask_command
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.serving import STORE_APP, StoreClient, describe_model
@@ -181,3 +184,15 @@ def test_streams_and_captions_when_listed_then_times_and_committed_rows(client, 
     assert (mine["first_time"], mine["chunks"]) == ("2026-01-31T12:00:00.000Z", N_COMMITTED)
     assert [row["answer"] for row in captions["data"]] == ["caption 2", "caption 3"]
     assert captions["has_more"] is True
+
+
+def test_ask_command_when_the_service_is_there_and_silent_then_not_told_to_start_one(monkeypatch):
+    monkeypatch.setattr(ask_command, "TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+        result = CliRunner().invoke(app, ["ask", "gate", "What?", "--url", url])
+
+    assert isinstance(result.exception, StormlineError)
+    assert not isinstance(result.exception, SettingsError)
+    assert f"the service at {url} does not answer" in str(result.exception)
