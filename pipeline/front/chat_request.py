@@ -65,7 +65,7 @@ class ChatMessage(Part):
 class StreamOptions(Part):
     """About an answer in pieces."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatBody(Part):
@@ -73,7 +73,7 @@ class ChatBody(Part):
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -155,8 +155,8 @@ def read_chat_request(body: Any, limits: ServeSettings) -> ChatRequest:
         ranges=_ranges_of(asked.messages, limits),
         question=turns[-1][1],
         history=tuple(turns[:-1]),
-        stream=asked.stream,
-        include_usage=asked.stream_options is not None and asked.stream_options.include_usage,
+        stream=bool(asked.stream),
+        include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         max_tokens=max_tokens,
         temperature=asked.temperature or 0.0,
         seed=asked.seed or 0,

@@ -200,6 +200,18 @@ def test_chat_when_streamed_then_the_pieces_the_end_and_the_usage(tmp_path):
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 5)
 
 
+@pytest.mark.parametrize(
+    "absent", [{"stream": None}, {"stream_options": None}, {"stream_options": {"include_usage": None}}]
+)
+def test_chat_when_what_may_be_null_is_null_then_as_if_it_were_not_there(tmp_path, absent):
+    answer = post(make_client(tmp_path), ask(**absent)).json()
+    streamed = post(make_client(tmp_path), ask(**{**absent, "stream": True})).text
+
+    assert answer["object"] == "chat.completion"
+    assert '"usage"' not in streamed
+    assert streamed.endswith("data: [DONE]\n\n")
+
+
 def test_chat_when_the_range_is_long_then_auto_chooses_and_the_budget_holds(tmp_path):
     llm = EchoLlm()
     client = make_client(tmp_path, llm)
