@@ -400,7 +400,7 @@ class Decode:
             raise ValueError(f"decode got a row of kind {row.kind!r} at lane_seq={row.lane_seq}, expected a segment")
         segment = Segment.from_row(row)
         meta = segment.meta
-        suspect = self.suspects.get(RecordKey.of(meta))
+        suspect = None if meta.by_silence else self.suspects.get(RecordKey.of(meta))
         if suspect is not None and suspect.is_poison:
             return self.set_aside(segment, suspect).to_row(row.lane_seq)
         if meta.stream_id in self.streams_apart:

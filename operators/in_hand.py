@@ -96,10 +96,15 @@ class MarkFile:
     def holding(self, meta: SegmentMeta, deaths: int = 0) -> Iterator[None]:
         """Mark a record for the time of the block; the mark stays where the block raises or the process dies.
 
+        An end by silence is not marked: it has no record of its own, and the offset is of one that follows it.
+
         Args:
             meta: Which record.
             deaths: That it has had before.
         """
+        if meta.by_silence:
+            yield
+            return
         self.mark(self.suspect(meta, deaths))
         yield
         self._passed = RecordKey.of(meta)

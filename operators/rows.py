@@ -105,6 +105,7 @@ class SegmentMeta:
     offset: int  # of the record itself; a position to resume from is a `next_offset`
     append_ns: int  # the record's Kafka timestamp: for latency only
     n_bytes: int
+    by_silence: bool = False  # an end that no record says; `offset` is that of the record whose time showed it
 
     @property
     def where(self) -> str:

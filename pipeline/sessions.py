@@ -157,7 +157,7 @@ class SessionTracker:
             cursor = partition.streams[name]
             partition.put(name, replace(cursor, ended=True, silent=True, skipped=0))
             meta = _meta(name, cursor, record, seq=cursor.next_seq, gap_segments=cursor.skipped, n_bytes=0, end=True)
-            ends.append(Segment(meta, b""))
+            ends.append(Segment(replace(meta, by_silence=True), b""))
         return ends
 
     def _partition_of(self, record: Record) -> _Partition:

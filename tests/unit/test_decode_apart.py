@@ -173,6 +173,18 @@ def test_decode_when_the_encoder_died_of_a_record_then_it_is_set_aside_and_its_s
     assert step.apart.pid is None
 
 
+def test_decode_when_the_record_that_is_set_aside_showed_another_streams_silence_then_that_ends_without_a_row(
+    make_step,
+):
+    poison = suspect_of(GOOD, 3, step="encode")
+    end = replace(GOOD, stream_id="quiet", end=True, by_silence=True)
+
+    quiet, bad = run(make_step(suspects=[poison]), Segment(end, b""), Segment(GOOD, make_video()))
+
+    assert (quiet.meta, quiet.dead_letters) == (end, ())
+    assert [d.reason for d in bad.dead_letters] == ["crashes"]
+
+
 def test_decode_when_the_process_itself_runs_out_of_memory_then_its_mark_tells(make_step, tmp_path, monkeypatch):
     def no_memory(*args, **options):
         raise MemoryError

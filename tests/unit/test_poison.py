@@ -108,6 +108,33 @@ def test_suspects_when_the_encoder_gets_past_a_record_then_its_count_starts_anew
     assert counts(suspects) == {17: 1, 19: 1}
 
 
+def test_suspects_when_the_record_that_kills_showed_others_silence_then_it_is_set_aside_all_the_same(tmp_path):
+    ends = [replace(META, stream_id=name, end=True, by_silence=True) for name in ("quiet-1", "quiet-2")]
+    suspects = SuspectList(tmp_path)
+    told = []
+
+    for _ in range(3):
+        marks = MarkFile(marks_folder(tmp_path, 0), "encode")
+        for end in ends:
+            with marks.holding(end):
+                pass
+        with pytest.raises(MemoryError), marks.holding(META):
+            raise MemoryError
+        told.append(suspects.take_marks(0, NOTHING_COMMITTED, "encode"))
+
+    assert [[s.stream_id for s in new] for new in told] == [[], [], ["cam"]]
+
+
+def test_mark_file_when_a_session_ends_by_silence_then_no_record_is_marked_for_it(tmp_path):
+    marks = MarkFile(tmp_path, "encode")
+    (path,) = tmp_path.iterdir()
+
+    with marks.holding(replace(META, end=True, by_silence=True)):
+        during = read_mark(path)
+
+    assert (during, read_mark(path)) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("blamed", "expected"), [("encode", {18: 1}), ("decode", {17: 1}), ("lane", {}), (None, {17: 1, 18: 1})]
 )

@@ -211,6 +211,7 @@ def test_session_when_silent_for_long_then_it_ends_and_what_comes_later_is_anoth
     ]
     assert mine[-1].gap_segments == 0
     assert mine[2].offset == 2 + 21  # of the record whose time showed it: 63 s
+    assert [m.by_silence for m in mine] == [False, False, True, False]
     assert tracker.counters["duplicates"] == 1
 
 
