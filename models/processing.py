@@ -183,8 +183,8 @@ class StormProcessor:
         video = "".join(
             format_time(chunk.start_s) + one * len(sizes) for chunk, sizes in zip(chunks, frames, strict=True)
         )
-        content = f"{video}{self.video_suffix}\n{self._plain(text)}" if video else self._plain(text)
-        turns = [*((role, self._plain(turn)) for role, turn in history), ("user", content)]
+        content = f"{video}{self.video_suffix}\n{self.split_special(text)}" if video else self.split_special(text)
+        turns = [*((role, self.split_special(turn)) for role, turn in history), ("user", content)]
         ids = np.asarray(self._encode([self._message(role, turn) for role, turn in turns]), dtype=np.int64)
         is_video, n_places = ids == self.video_token_id, sum(len(sizes) for sizes in frames)
         if is_video.sum() != n_places:
@@ -195,6 +195,12 @@ class StormProcessor:
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_video] = [n for sizes in frames for n in sizes]
         return Prompt(torch.from_numpy(np.repeat(ids, repeats)), _concatenate(chunks))
+
+    def split_special(self, text: str) -> str:
+        """Return a text with its special tokens split by a space, so that they mean nothing."""
+        for special in self._special_texts:
+            text = text.replace(special, f"{special[0]} {special[1:]}")
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer's tokens, without special tokens."""
@@ -264,11 +270,6 @@ class StormProcessor:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"role is {role!r}; expected system, user or assistant")
         return {"role": role, "content": [{"type": "text", "text": text}] if self.content_parts else text}
-
-    def _plain(self, text: str) -> str:
-        for special in self._special_texts:
-            text = text.replace(special, f"{special[0]} {special[1:]}")
-        return text
 
 
 def _concatenate(chunks: Sequence[VideoChunk]) -> Tensor:

@@ -97,7 +97,7 @@ class TextPacker:
         return ids[1 + np.flatnonzero(ids == self._processor.video_token_id)[-1] :]
 
     def _read_answer(self, answer: str) -> np.ndarray:
-        ids = self._processor.tokenizer.encode(answer, add_special_tokens=False)
+        ids = self._processor.tokenizer.encode(self._processor.split_special(answer), add_special_tokens=False)
         return np.array([*ids, self._processor.end_of_answer_id])
 
 

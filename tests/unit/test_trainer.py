@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from stormline.models.loading import load_model
+from stormline.models.tokenizer import END, VIDEO
 from stormline.models.training import real_video
 from stormline.models.training.pairs import read_pairs, split_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
@@ -334,6 +335,22 @@ def test_pairs_when_an_answer_holds_unicodes_line_ends_then_it_is_one_line(pairs
     (pair,) = read_pairs(pairs_folder / "one.jsonl")
 
     assert [q.answer for q in pair.questions] == [answer, answer]
+
+
+def test_pairs_when_an_answer_holds_special_tokens_then_they_are_learnt_as_text(pairs_folder):
+    line = {"video": "dark.mp4", "answer": f"it says {VIDEO} and then{END} nothing"}
+    (pairs_folder / "one.jsonl").write_text(json.dumps(line))
+    stage = {"name": "r", "task": "text", "train": ["language_model"], "steps": 1, "batch": 1, "clip_frames": 4}
+    made = recipe([stage | {"data": str(pairs_folder / "one.jsonl")}])
+    trainer = Trainer(made, pairs_folder / "out", device="cpu")
+    task = build_task(made.stages[0], 0, made, trainer.model, trainer.processor)
+
+    batch, tokens = task.draw(0)
+    loss, _ = task.loss(0)
+
+    assert torch.isfinite(loss)
+    assert (batch.input_ids == trainer.processor.video_token_id).sum() == len(tokens)
+    assert batch.targets.tolist().count(trainer.processor.end_of_answer_id) == 1
 
 
 def test_pairs_when_text_is_not_utf8_then_says_which(pairs_folder):
