@@ -33,14 +33,23 @@ def weights_hash(model: StormForConditionalGeneration, parts: Iterable[str]) -> 
 def keep_only(folder: Path, wanted: dict[str, object]) -> None:
     """Delete a folder's clips if they are not those that are wanted, and say which are."""
     about = folder / "about.json"
-    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) == wanted:
+    if about.is_file() and _read(about) == wanted:
         return
     for path in folder.glob("clips-*.safetensors"):
         path.unlink()
-    about.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(wanted, indent=2) + "\n"
+    written_whole(about, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def written_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _read(about: Path) -> object:
+    """Return what a file says, or nothing where it is cut off."""
+    try:
+        return json.loads(about.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def written_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name, then give it its own: it is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     write(temporary)

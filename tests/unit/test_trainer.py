@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from stormline.models.loading import load_model
 from stormline.models.tokenizer import END, VIDEO
 from stormline.models.training import real_video
+from stormline.models.training.cache_folder import keep_only, shard_path
 from stormline.models.training.pairs import read_pairs, split_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
 from stormline.models.training.real_video import LastUsed, length_of, read_stretch, stretch_s
@@ -108,6 +110,32 @@ def test_trainer_when_stopped_while_it_encodes_clips_then_at_once_and_they_are_k
     written = kept.stat().st_mtime_ns
     assert Trainer(speak, tmp_path, device="cpu").run() is not None
     assert kept.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("text", ["", '{"key": "1 0', '{"key": "\\ud8'])
+def test_cache_when_what_says_of_its_clips_is_cut_off_then_they_are_made_anew(tmp_path, text):
+    (tmp_path / "about.json").write_text(text)
+    clips = shard_path(tmp_path, 0)
+    clips.write_bytes(b"of whom?")
+
+    keep_only(tmp_path, {"key": "1 0 ()"})
+
+    assert not clips.exists()
+    assert json.loads((tmp_path / "about.json").read_text()) == {"key": "1 0 ()"}
+
+
+def test_cache_when_what_says_of_its_clips_cannot_be_written_then_nothing_half_written_stays(tmp_path, monkeypatch):
+    def write_half(path, text, **kwargs):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("disk full")
+
+    keep_only(tmp_path, {"key": "1"})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", write_half)
+        with pytest.raises(OSError, match="disk full"):
+            keep_only(tmp_path, {"key": "2"})
+
+    assert json.loads((tmp_path / "about.json").read_text()) == {"key": "1"}
 
 
 def test_trainer_when_stopped_and_resumed_then_its_seconds_are_those_of_all_processes(tmp_path):
