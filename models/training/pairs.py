@@ -22,7 +22,6 @@ from .questions import CAPTION_PROMPT, Question
 from .real_video import read_stretch, stretch_s
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-HELD_OUT_EVERY = 10  # of the videos, one in so many is not trained on, where there are as many
 _LONGEST_S = 1e9  # no video is as long: 30 years
 _KEYS = {"video", "answer", "prompt", "start_s", "stop_s"}
 
@@ -97,14 +96,6 @@ def check_videos(pairs: Iterable[VideoTexts]) -> None:
     """
     for pair in pairs:
         stretch_s(pair.video, pair.start_s, pair.stop_s)
-
-
-def split_pairs(pairs: list[VideoTexts], held_out: bool) -> list[VideoTexts]:
-    """Return the pairs to train on, or those held out: every tenth video; all for both where there are fewer."""
-    videos = {video: i for i, video in enumerate(sorted({pair.video for pair in pairs}))}
-    if len(videos) < HELD_OUT_EVERY:
-        return pairs
-    return [p for p in pairs if (videos[p.video] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
 
 
 def _text_of(path: Path) -> str:

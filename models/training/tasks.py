@@ -26,7 +26,7 @@ from .clips import FPS, Clip, label_places, make_clip, seed_of
 from .feature_cache import FeatureCache
 from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
 from .packing import TextBatch, TextPacker, collate, look_back_at_most, look_within_frames
-from .pairs import PairClip, read_pairs, split_pairs
+from .pairs import PairClip, read_pairs
 from .plain_attention import plain_attention
 from .questions import Question, ask
 from .recipe import Recipe, Stage
@@ -327,26 +327,23 @@ class TextTask(Task):
 
 
 class PairsTask(TextTask):
-    """Real video with texts: each stretch is read whole."""
+    """Real video with texts: each stretch is read whole. All of it is trained on, none held out."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         assert self.stage.data is not None
-        pairs = read_pairs(self.stage.data)
-        self._pairs = {held_out: split_pairs(pairs, held_out) for held_out in (False, True)}
+        self._pairs = read_pairs(self.stage.data)
 
     def _make_clip(self, index: int, held_out: bool) -> Any:
-        pairs = self._pairs[held_out]
-        turn, place = divmod(index, len(pairs))  # every pair once before any comes again
-        order = np.random.default_rng([self.seed, turn]).permutation(len(pairs))
-        return PairClip(pairs[order[place]], self.stage.clip_frames, self.model.config.image_size)
+        turn, place = divmod(index, len(self._pairs))  # every pair once before any comes again
+        order = np.random.default_rng([self.seed, turn]).permutation(len(self._pairs))
+        return PairClip(self._pairs[order[place]], self.stage.clip_frames, self.model.config.image_size)
 
     def _clips_key(self) -> str:
         """See `TextTask._clips_key`: a video that was added, changed or taken out moves the others' numbers."""
-        stats = {pair.video: pair.video.stat() for pair in self._pairs[False]}
+        stats = {pair.video: pair.video.stat() for pair in self._pairs}
         told = [
-            (str(p.video), stats[p.video].st_size, stats[p.video].st_mtime_ns, p.start_s, p.stop_s)
-            for p in self._pairs[False]
+            (str(p.video), stats[p.video].st_size, stats[p.video].st_mtime_ns, p.start_s, p.stop_s) for p in self._pairs
         ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 

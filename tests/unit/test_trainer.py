@@ -23,7 +23,7 @@ from stormline.models.loading import load_model
 from stormline.models.tokenizer import END, VIDEO
 from stormline.models.training import real_video
 from stormline.models.training.cache_folder import keep_only, shard_path
-from stormline.models.training.pairs import read_pairs, split_pairs
+from stormline.models.training.pairs import read_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
 from stormline.models.training.real_video import LastUsed, length_of, read_stretch, stretch_s
 from stormline.models.training.recipe import load_recipe, recipe_from_dict
@@ -599,12 +599,18 @@ def test_trainer_when_pairs_then_it_learns_them(pairs_folder):
     assert reports[-1].loss < 1.0
 
 
-def test_pairs_when_many_videos_then_every_tenth_is_held_out(pairs_folder):
-    pair = read_pairs(pairs_folder)[0]
-    pairs = [replace(pair, video=pair.video.with_name(f"{i:02}.mp4")) for i in range(20)]
+def test_pairs_when_many_videos_then_each_is_trained_on(pairs_folder):
+    for i in range(12):
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(pairs_folder / f"dark{suffix}", pairs_folder / f"{i:02}{suffix}")
+    stage = {"name": "r", "task": "text", "train": ["language_model"], "steps": 1, "clip_frames": 4}
+    made = recipe([stage | {"data": str(pairs_folder)}])
+    trainer = Trainer(made, pairs_folder / "out", device="cpu")
+    task = build_task(made.stages[0], 0, made, trainer.model, trainer.processor)
 
-    assert [p.video.stem for p in split_pairs(pairs, held_out=True)] == ["09", "19"]
-    assert len(split_pairs(pairs, held_out=False)) == 18
+    videos = {task.clip(index).texts.video.stem for index in range(14)}
+
+    assert videos == {"dark", "bright", *(f"{i:02}" for i in range(12))}
 
 
 @pytest.mark.parametrize(
