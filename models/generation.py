@@ -39,6 +39,7 @@ from .storm import StormForConditionalGeneration
 
 FIXED_BATCH = 8  # on CPU eight rows cost a fifth more than one
 EXACT_ATTENTION = "stormline_exact"
+COLDEST = 1e-6  # temperature: below it the likeliest token is taken, for logits divided by it may overflow
 UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
 
 
@@ -226,7 +227,7 @@ class AnswerWriter:
         for row, answer in enumerate(self._rows):
             if answer is None:
                 continue
-            answer.accept(likeliest[row] if answer.prompt.temperature == 0 else answer.choose(logits[row]))
+            answer.accept(likeliest[row] if answer.prompt.temperature < COLDEST else answer.choose(logits[row]))
             answer.tell()
             if answer.done:
                 self._rows[row] = None
@@ -274,7 +275,7 @@ class PendingAnswer:
 
     def choose(self, logits: Tensor) -> int:
         """Return the next token from logits (vocab,)."""
-        if self.prompt.temperature == 0:
+        if self.prompt.temperature < COLDEST:
             return int(logits.argmax())
         scaled = logits.double().cpu() / self.prompt.temperature
         threshold = torch.rand((), generator=self._random, dtype=torch.float64)

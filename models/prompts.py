@@ -22,7 +22,7 @@ class VideoPrompt:
     text: str
     chunks: tuple[VideoChunk, ...] = ()  # in time order
     max_new_tokens: int = 64
-    temperature: float = 0.0  # 0 takes the likeliest token
+    temperature: float = 0.0  # 0, or so little that it is as good as 0, takes the likeliest token
     seed: int = 0  # of this prompt's own randomness
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
     history: tuple[tuple[str, str], ...] = ()  # earlier turns, (role, text)

@@ -211,6 +211,13 @@ def test_generate_when_sampled_then_the_seed_decides(loaded):
     assert first.text != other.text
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-300, 1e-310, 5e-324])
+def test_generate_when_the_temperature_is_next_to_nothing_then_as_at_zero(loaded, temperature):
+    prompt = make_prompt(2, video=1, max_new_tokens=6, seed=7)
+
+    assert answer(loaded, replace(prompt, temperature=temperature)) == answer(loaded, prompt)
+
+
 def test_generate_when_limits_differ_then_each_prompt_has_its_own(loaded):
     prompts = [make_prompt(2, video=3, max_new_tokens=n) for n in (9, 1, 4)]
 
