@@ -182,18 +182,19 @@ class MediaInput:
     Args:
         spec: What to open.
         options: Passed to FFmpeg's demuxer (``rtsp_transport=udp``); ``format`` names the demuxer itself.
+        stop: Once it is set, a pipe that is silent has ended.
 
     Raises:
         InputError: If it cannot be opened or has no video.
     """
 
-    def __init__(self, spec: SourceSpec, options: Mapping[str, str] | None = None):
+    def __init__(self, spec: SourceSpec, options: Mapping[str, str] | None = None, stop: threading.Event | None = None):
         from ...models.video_files import choose_video_stream
 
         options = options or {}
         self.spec = spec
         is_pipe = spec.kind == "stdin" and not sys.stdin.buffer.seekable()
-        pipe = TimedPipe(cast("BufferedReader", sys.stdin.buffer)) if is_pipe else None
+        pipe = TimedPipe(cast("BufferedReader", sys.stdin.buffer), stop) if is_pipe else None
         self._container = _open(spec, options, pipe)
         self.is_live = _is_live(spec, self._container)
         lacks_times = self.is_live and options.keys().isdisjoint(TIMING_OPTIONS) and _has_no_times(self._container)
@@ -299,13 +300,15 @@ class ShapesInput:
         self.close()
 
 
-def open_input(spec: SourceSpec, options: Mapping[str, str] | None = None) -> MediaInput | ShapesInput:
-    """Open a source for one pass.
+def open_input(
+    spec: SourceSpec, options: Mapping[str, str] | None = None, stop: threading.Event | None = None
+) -> MediaInput | ShapesInput:
+    """Open a source for one pass; see `MediaInput`.
 
     Raises:
         InputError: If it cannot be opened or has no video.
     """
-    return ShapesInput(spec) if spec.kind == "shapes" else MediaInput(spec, options)
+    return ShapesInput(spec) if spec.kind == "shapes" else MediaInput(spec, options, stop)
 
 
 def _is_live(spec: SourceSpec, container: InputContainer) -> bool:

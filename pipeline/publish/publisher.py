@@ -107,11 +107,12 @@ class StreamPublisher:
             try:
                 is_over = self._run_session()
             except InputError as error:
-                is_over = False
-                if not self._may_reconnect():
-                    raise
-                reason = str(error)
-                self._notice(reason)
+                is_over = self._spec.kind == "stdin" and self._stop.is_set()  # it was silent, and is no video so far
+                if not is_over:
+                    if not self._may_reconnect():
+                        raise
+                    reason = str(error)
+                    self._notice(reason)
             if is_over or self._stop.is_set():
                 self.report = replace(self.report, stopped=self._stop.is_set())
                 return self.report
@@ -145,7 +146,7 @@ class StreamPublisher:
         return is_last
 
     def _open(self) -> MediaInput | ShapesInput:
-        return open_input(self._spec, self._options.input_options)
+        return open_input(self._spec, self._options.input_options, self._stop)
 
     def _session_name(self) -> str:
         n = len(self.report.sessions) + 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from fractions import Fraction
+from select import select
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
     import av
 
+POLL_S = 0.25  # between two looks at whether a silent pipe is to be read on
 SHORTEST_FRAME_S = 0.001  # what Matroska can tell apart
 
 
@@ -20,13 +23,18 @@ class TimedPipe:
 
     FFmpeg reads seconds of video before it gives the first packet, so it is of the bytes that the times are kept.
 
+    Args:
+        pipe: Which.
+        stop: Once it is set, a pipe that is silent has ended.
+
     Attributes:
         keeps_times: Set it to False where nothing is to be stamped: what was kept would only grow.
     """
 
-    def __init__(self, pipe: BufferedReader):
+    def __init__(self, pipe: BufferedReader, stop: threading.Event | None = None):
         self.keeps_times = True
         self._pipe = pipe
+        self._stop = stop
         self._n_bytes = 0
         self._reads: deque[tuple[int, float]] = deque()  # bytes there after each, and when; the oldest of use first
         self._first_s: float | None = None  # when the first packet came
@@ -34,6 +42,9 @@ class TimedPipe:
 
     def read(self, size: int) -> bytes:
         """Return up to `size` bytes, at least one before the end."""
+        while self._stop is not None and not select([self._pipe], [], [], POLL_S)[0]:
+            if self._stop.is_set():
+                return b""
         data = self._pipe.read1(size)
         self._n_bytes += len(data)
         if self.keeps_times:

@@ -37,7 +37,7 @@ class StopAfterWaits(threading.Event):
 
 @pytest.fixture
 def camera_that_is_off(monkeypatch):
-    def open_input(spec, options):
+    def open_input(spec, options, stop):
         raise InputError(f"cannot open {spec.name}: Connection refused")
 
     monkeypatch.setattr(publisher, "open_input", open_input)
@@ -107,7 +107,7 @@ def test_group_when_one_source_fails_then_it_says_why_while_the_others_go_on(mon
     group = TalkingGroup("bad.mp4", "long.mp4")
     waited = []
 
-    def open_input(spec, options):
+    def open_input(spec, options, stop):
         if spec.source == "long.mp4":
             waited.append(group.says.wait(20))
         raise InputError(f"cannot open {spec.name}: {'End of file' if waited else 'Invalid data'}")

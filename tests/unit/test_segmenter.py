@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from fractions import Fraction
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from list_producer import ListProducer, ListSender
 
 from stormline.operators.errors import PublishError, SettingsError
 from stormline.operators.rgb import RgbConverter
-from stormline.pipeline.publish import session
+from stormline.pipeline.publish import session, timed_pipe
 from stormline.pipeline.publish.clock_jumps import JumpFinder
 from stormline.pipeline.publish.gops import h264_starts_clean, sei_payload
 from stormline.pipeline.publish.inputs import (
@@ -620,6 +621,32 @@ def test_stop_ends_the_session_with_the_segment_at_hand(speed):
     assert [header.end for _, header in sender.sent] == [False, False, True]
     assert frames_of(sender.sent[-1][0].data)
     assert report.stopped
+
+
+@pytest.mark.parametrize(("n_frames", "ends"), [(N_FRAMES, [False, False, True]), (0, [])])
+def test_standard_input_when_a_silent_pipe_is_stopped_then_its_session_ends(videos, monkeypatch, n_frames, ends):
+    path = make_video(videos / "sent.mkv", "libx264", EVEN_X264)
+    stop, real_select = threading.Event(), timed_pipe.select
+
+    def select_once_silent(*arguments):
+        ready = real_select(*arguments)
+        if not ready[0]:
+            stop.set()
+        return ready
+
+    monkeypatch.setattr(timed_pipe, "select", select_once_silent)
+    monkeypatch.setattr(timed_pipe, "POLL_S", 0.01)
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe, open(writing, "wb") as held_open:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=pipe))
+        held_open.write(Path(path).read_bytes() if n_frames else b"")
+        held_open.flush()
+        sender = ListSender()
+
+        report = publish("-", sender, stop, segment_s=0.8)
+
+    assert report.stopped
+    assert [header.end for _, header in sender.sent] == ends
 
 
 def test_broken_file_is_published_up_to_there_with_an_end_and_raises(videos):
