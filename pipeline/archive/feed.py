@@ -71,6 +71,7 @@ class ArchiveFeed:
         self._now_ns = now_ns
         self._n_partitions = 1
         self._seen: dict[str, tuple[int, int]] = {}  # size and date by address, at the last look
+        self._hashes: dict[str, tuple[FoundVideo, str]] = {}  # by address, and of what: each look meets known copies
 
     @property
     def plan(self) -> ArchivePlan:
@@ -171,11 +172,16 @@ class ArchiveFeed:
     def _hash_of(self, video: FoundVideo) -> str:
         if not self.options.by_hash or video.n_bytes < 0:
             return ""
+        hashed, sha256 = self._hashes.get(video.uri, (None, ""))
+        if hashed == video:
+            return sha256
         try:
-            return content_hash(video.uri)
+            sha256 = content_hash(video.uri)
         except OSError as error:  # the lane will say so, in a dead letter
             logger.info("not hashed uri=%s error=%s", video.uri, error)
             return ""
+        self._hashes[video.uri] = video, sha256
+        return sha256
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from stormline.operators.sampling import GridSpec, SamplerState, step_sampler
 from stormline.pipeline.archive import file_ranges
 from stormline.pipeline.archive.feed import ArchiveFeed, ArchiveOptions, ArchivePlan
 from stormline.pipeline.archive.file_ranges import cut_file
-from stormline.pipeline.archive.find_videos import find_videos
+from stormline.pipeline.archive.find_videos import content_hash, find_videos
 from stormline.pipeline.archive.outcomes import outcomes, write_videos
 from stormline.pipeline.archive.source import ArchiveReader, ArchiveSourcePlan, Pace, segments_of
 from stormline.pipeline.archive.work_list import RANGES_PER_VIDEO, WorkItem, WorkList, is_done
@@ -355,6 +355,27 @@ def test_feed_when_by_hash_then_a_copy_and_a_new_date_are_no_new_videos(tmp_path
     feed_of(out, videos, by_hash=True)
 
     assert [i.stream_id for i in WorkList(out).read()] == ["a.mp4"]
+
+
+def test_feed_when_by_hash_then_each_content_is_read_once_however_often_it_looks(tmp_path, monkeypatch):
+    videos, out, read = tmp_path / "videos", tmp_path / "out", []
+    videos.mkdir()
+    for name, text in (("a.mp4", "same"), ("copy.mp4", "same"), ("other.mp4", "other")):
+        (videos / name).write_text(text)
+        os.utime(videos / name, ns=(1, 1))
+    monkeypatch.setattr(
+        "stormline.pipeline.archive.feed.content_hash",
+        lambda uri: read.append(os.path.basename(uri)) or content_hash(uri),
+    )
+    watched = ArchiveFeed(out, ArchiveOptions([str(videos)], by_hash=True, watch_s=30), lambda text: None)
+
+    watched.partitions(1)
+    os.utime(videos / "other.mp4", ns=(2, 2))
+    for _ in range(3):
+        watched.look_again()
+
+    assert sorted(read) == ["a.mp4", "copy.mp4", "other.mp4", "other.mp4"]  # the last one anew, for its other date
+    assert [item.stream_id for item in WorkList(out).read()] == ["a.mp4", "other.mp4"]
 
 
 def test_feed_when_two_folders_have_the_same_name_in_them_then_streams_have_their_own(tmp_path):
