@@ -152,15 +152,10 @@ class ResultIndex:
     def __init__(self, connection: sqlite3.Connection):
         self._connection = connection
 
-    def sessions(self, stream: str | None = None) -> list[Session]:
-        """Return the sessions that have results, sorted.
-
-        Args:
-            stream: Only of streams of this name, or pattern with * ? [ ].
-        """
+    def sessions(self) -> list[Session]:
+        """Return the sessions that have results, sorted."""
         rows = self._connection.execute("SELECT stream_id, session FROM streams ORDER BY stream_id, session")
-        found = (Session(*row) for row in rows)
-        return [each for each in found if stream is None or fnmatchcase(each.stream_id, stream)]
+        return [Session(*row) for row in rows]
 
     def extent_us(self, session: Session) -> tuple[int, int]:
         """Return when a session's first window begins and its last one ends.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def write_subtitles(
     Raises:
         SettingsError: If one is there, and it is not to be replaced; then nothing was written.
     """
-    of_all = file_names(_names(root, index), f".{file_format}")  # so that a choice of streams changes no name
-    paths = {session: folder / of_all[session] for session in index.sessions(wanted.stream) if session in of_all}
+    videos = _videos(root)
+    of_all = file_names(videos or _names(index), f".{file_format}")  # so that a choice of streams changes no name
+    paths = {
+        session: folder / of_all[session]
+        for session in index.sessions()
+        if session in of_all and _is_called(wanted.stream, session.stream_id, videos.get(session, session.stream_id))
+    }
     there = [path for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise SettingsError(
@@ -62,15 +68,22 @@ def write_subtitles(
     return Written(n_files, n_cues)
 
 
-def _names(root: Path, index: ResultIndex) -> dict[Session, str]:
-    """Return what the files of all sessions are to be called, whichever are wanted.
+def _videos(root: Path) -> dict[Session, str]:
+    """Return the names of an archive's videos as they are now; none where it is no archive.
 
-    In an archive those of the videos as they are now: of a video that changed, or was tried again, there are sessions
-    of several versions, and the newest is about the file that is there, whose players look for its name.
+    Of a video that changed, or was tried again, there are sessions of several versions, and the newest is about the
+    file that is there, whose players look for its name.
     """
     newest = newest_versions(WorkList(root).read()).values()
-    if newest:
-        return {Session(item.stream_id, item.session): item.video_name for item in newest}
+    return {Session(item.stream_id, item.session): item.video_name for item in newest}
+
+
+def _is_called(pattern: str | None, *names: str) -> bool:
+    return pattern is None or any(fnmatchcase(name, pattern) for name in names)
+
+
+def _names(index: ResultIndex) -> dict[Session, str]:
+    """Return what the files of all sessions are to be called, whichever are wanted."""
     sessions = index.sessions()
     counts = Counter(session.stream_id for session in sessions)
     return {s: s.stream_id if counts[s.stream_id] == 1 else f"{s.stream_id}.{s.session}" for s in sessions}

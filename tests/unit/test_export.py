@@ -436,7 +436,8 @@ def test_write_jsonl_when_a_stream_is_named_then_no_other(archive):
     assert file.getvalue().count("\n") == 2
 
 
-def test_subtitles_when_a_video_was_done_again_then_its_name_is_that_of_the_newest_version(tmp_path):
+@pytest.mark.parametrize("stream", [None, "a/clip.mp4", "a/clip.mp4@2", "a/*"])
+def test_subtitles_when_a_video_was_done_again_then_its_name_is_that_of_the_newest_version(stream, tmp_path):
     root = tmp_path / "out"
     folder = Folder(root)
     folder.commit(caption("a/clip.mp4", 0, 4, "what it showed before", session="v1"))
@@ -445,7 +446,7 @@ def test_subtitles_when_a_video_was_done_again_then_its_name_is_that_of_the_newe
     WorkList(root).append([item, replace(item, number=1, stream_id="a/clip.mp4@2", session="v2", version=2)])
 
     with open_result_index(root) as index:
-        write_subtitles(index, root, tmp_path / "subs", "srt", Wanted(kind="caption"), overwrite=False)
+        write_subtitles(index, root, tmp_path / "subs", "srt", Wanted(stream, "caption"), overwrite=False)
 
     (path,) = (tmp_path / "subs").rglob("*.srt")
     assert path == tmp_path / "subs" / "a" / "clip.srt"

@@ -257,7 +257,6 @@ def test_index_when_sessions_are_asked_for_then_sorted_with_their_extent(folder)
 
     with open_result_index(folder.root) as index:
         assert index.sessions() == [Session("gate", "s"), Session("gate", "t"), Session("yard", "s")]
-        assert index.sessions("y*") == [Session("yard", "s")]
         assert index.extent_us(Session("yard", "s")) == (0, 20 * 10**6)
 
 
