@@ -10,8 +10,8 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY_PREFIX = "."
@@ -56,23 +56,29 @@ def sync_folders(paths: Iterable[Path]) -> None:
         sync_folder(path)
 
 
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """Give the name to write a file under: what is there after the block takes the file's place, or is removed."""
+    draft = temporary_path(path)
+    try:
+        yield draft
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one step: after a crash it has its old content or the new one, never half.
 
     Raises:
         OSError: If the disk refuses; then nothing is left of the new one.
     """
-    draft = temporary_path(path)
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink()
-        raise
+    with draft_of(path) as draft, draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     sync_folder(path.parent)
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ...operators.rows import table_text
 from ..compacted_files import while_files_move
-from ..durable_files import make_folder, temporary_path
+from ..durable_files import draft_of, make_folder
 from ..tables import DEAD_LETTERS
 from .work_list import RANGES_PER_VIDEO, TOPIC, WorkItem, WorkList, committed_offsets, is_done
 
@@ -68,8 +68,8 @@ def write_videos(root: Path, found: Sequence[Outcome]) -> Path:
     """Write the overview, a Parquet file with a row for each video, in one step; return its path."""
     path = root / "archive" / VIDEOS_NAME
     make_folder(path.parent)
-    pq.write_table(videos_table(found), temporary_path(path))
-    temporary_path(path).replace(path)
+    with draft_of(path) as draft:
+        pq.write_table(videos_table(found), draft)
     return path
 
 

@@ -118,7 +118,7 @@ def _write_subtitles(
 
 
 def _write_jsonl(out: Path, path: Path, wanted: RowFilter, overwrite: bool) -> Written:
-    from ..durable_files import temporary_path
+    from ..durable_files import draft_of
     from ..export.row_files import write_jsonl
 
     if path == STANDARD_OUTPUT:
@@ -138,7 +138,5 @@ def _write_jsonl(out: Path, path: Path, wanted: RowFilter, overwrite: bool) -> W
         raise SettingsError(f"{path} is there already; --overwrite replaces it.")
     path = path.resolve()  # of a link what it leads to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(path).open("w", encoding="utf-8", newline="\n") as file:
-        written = write_jsonl(out, file, wanted)
-    temporary_path(path).replace(path)
-    return written
+    with draft_of(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
+        return write_jsonl(out, file, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -86,17 +87,17 @@ def write_dataset(root: Path, folder: Path, wanted: RowFilter, *, tokens: bool, 
     _clear(folder, overwrite)
     n_files, n_rows = 0, {}
     for table, reader in zip(tables, readers, strict=True):
-        sink = _ParquetFiles(folder / table, reader.schema.remove_metadata())
-        for batch in reader.batches():
-            sink.add(batch)
-        if sink.n_rows or table != "dead_letters":  # what was asked for is there, also where there is none of it
-            n_files, n_rows[table] = n_files + sink.close(), sink.n_rows
+        with _ParquetFiles(folder / table, reader.schema.remove_metadata()) as sink:
+            for batch in reader.batches():
+                sink.add(batch)
+            if sink.n_rows or table != "dead_letters":  # what was asked for is there, also where there is none of it
+                n_files, n_rows[table] = n_files + sink.close(), sink.n_rows
     n_found = sum(n_rows.values())
     found = outcomes(root)
     if found:
-        sink = _ParquetFiles(folder / "videos", videos_table([]).schema)
-        sink.add(videos_table(found))
-        n_files, n_rows["videos"] = n_files + sink.close(), sink.n_rows
+        with _ParquetFiles(folder / "videos", videos_table([]).schema) as sink:
+            sink.add(videos_table(found))
+            n_files, n_rows["videos"] = n_files + sink.close(), sink.n_rows
     replace_file(folder / CARD_NAME, card(root.resolve().name, n_rows).encode())
     return Written(n_files, n_found)
 
@@ -137,7 +138,7 @@ def _clear(folder: Path, overwrite: bool) -> None:
 
 
 class _ParquetFiles:
-    """Parquet files of a table, begun anew where one is large."""
+    """Parquet files of a table, begun anew where one is large; the block's end removes what was not finished."""
 
     def __init__(self, folder: Path, schema: pa.Schema):
         self._folder = folder
@@ -175,8 +176,8 @@ class _ParquetFiles:
     def _finish_file(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
             temporary_path(self._path()).replace(self._path())
+            self._writer = None
             self._n_files += 1
 
     def close(self) -> int:
@@ -186,3 +187,12 @@ class _ParquetFiles:
             self._opened()  # without a row group: `datasets` stumbles over one of no rows
         self._finish_file()
         return self._n_files
+
+    def __enter__(self) -> _ParquetFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+        temporary_path(self._path()).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...operators.errors import SettingsError
 from ..archive.work_list import WorkList, newest_versions
-from ..durable_files import temporary_path
+from ..durable_files import draft_of
 from ..durations import format_moment
 from ..result_index import IndexedResult, ResultIndex, Session, Wanted
 from .file_names import file_names
@@ -139,8 +139,6 @@ def _write(path: Path, subtitles: _Subtitles, file_format: str) -> int:
         return 0
     cues = chain([first], cues)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = temporary_path(path)
-    with draft.open("w", encoding="utf-8", newline="\n") as file:
+    with draft_of(path) as draft, draft.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(vtt_lines(cues, subtitles.notes()) if file_format == "vtt" else srt_lines(cues))
-    draft.replace(path)
     return n

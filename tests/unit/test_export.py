@@ -16,6 +16,7 @@ from output_folder import Folder, caption, chunk, list_videos
 from typer.testing import CliRunner
 
 from stormline.operators.rows import DeadLetter
+from stormline.pipeline import durable_files
 from stormline.pipeline.archive.work_list import WorkItem, WorkList
 from stormline.pipeline.cli import app
 from stormline.pipeline.compaction import Compaction, CompactionSpec
@@ -394,6 +395,33 @@ def test_dataset_when_an_export_was_ended_then_nobody_reads_half_and_another_one
         "videos/part-00000.parquet",
     ]
     assert pq.read_table(dataset / "results" / "part-00000.parquet").num_rows == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "left"),
+    [
+        ("srt", durable_files, []),
+        ("vtt", durable_files, []),
+        ("jsonl", durable_files, []),
+        ("datasets", row_files, ["README.md"]),  # which says that the export is unfinished
+    ],
+)
+def test_export_when_the_disk_is_full_then_no_draft_is_left(kind, module, left, archive, tmp_path, monkeypatch):
+    real = durable_files.temporary_path
+
+    def full(final):
+        draft = real(final)
+        draft.unlink(missing_ok=True)
+        draft.symlink_to("/dev/full")
+        return draft
+
+    to = tmp_path / "to" / "part-00000.jsonl" if kind == "jsonl" else tmp_path / "to"
+    with monkeypatch.context() as on_a_full_disk:
+        on_a_full_disk.setattr(module, "temporary_path", full)
+        run = export(archive, to, "--to", kind, expect=None)
+
+    assert "No space left on device" in str(run.exception)
+    assert [path.name for path in (tmp_path / "to").rglob("*") if not path.is_dir()] == left
 
 
 def test_dataset_when_there_are_no_rows_then_its_columns_can_be_loaded_and_the_card_says_how(tmp_path):
