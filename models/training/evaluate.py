@@ -123,7 +123,7 @@ def evaluate(
         n_per_kind: Questions of each kind and length, as far as `frames_per_length` allows.
         budget_tokens: The most video tokens given to an answer.
         policy: How they are chosen, see `select_chunks`.
-        seed: Of the held-out clips: 0 to 15.
+        seed: Of the held-out clips: 0 to 7; from 8 on they are those again.
         frames_per_length: The most frames drawn for a length.
         controls: Ask without video and of shuffled frames, too; without these it takes a third of the time.
         on_progress: Told in words where it stands.
