@@ -275,8 +275,10 @@ def present(found: Sequence[Outcome]) -> list[Outcome]:
     return [outcome for outcome in found if outcome.item in newest]
 
 
-def summary_table(progress: ArchiveProgress, status: RunStatus | None, found: Sequence[Outcome], path: Path) -> Table:
-    """Return how it went, for the end."""
+def summary_table(
+    progress: ArchiveProgress, status: RunStatus | None, found: Sequence[Outcome], overview: str
+) -> Table:
+    """Return how it went, for the end; `overview` is where the table of all videos is."""
     states = count_states(found)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = [("videos", f"{states['done'] + states['damaged']:,} done, {states['failed']:,} failed")]
@@ -292,7 +294,7 @@ def summary_table(progress: ArchiveProgress, status: RunStatus | None, found: Se
             rows.append(("busy", busy_text(progress.busy)))
         rows.append(("answers", f"{status.results:,}, {status.chunks:,} chunks of tokens"))
         rows.append(("lane restarts", f"{status.restarts}"))
-    rows.append(("every video", f"{path}"))
+    rows.append(("every video", overview))
     for name, value in rows:
         table.add_row(f"[dim]{name}[/]", escape(value))
     return table

@@ -16,6 +16,7 @@ from ...operators.errors import SettingsError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..archive.outcomes import Outcome
     from ..archive.progress import ArchiveProgress
     from ..query_settings import Query
     from ..settings import Settings
@@ -233,13 +234,12 @@ def slug(question: str) -> str:
 def _end(console: Console, progress: ArchiveProgress, status: RunStatus | None, root: Path) -> None:
     from rich.markup import escape
 
-    from ..archive.outcomes import count_states, outcomes, write_videos
+    from ..archive.outcomes import count_states, outcomes
     from ..archive.progress import failure_lines, present, summary_table
 
     found = outcomes(root)
-    path = write_videos(root, found)
     now = present(found)
-    console.print(summary_table(progress, status, now, path))
+    console.print(summary_table(progress, status, now, _write_videos(root, found)))
     for line in failure_lines(now):
         console.print(f"[red]failed[/] {escape(line)}", soft_wrap=True)
     _write_report(console, progress, root)
@@ -253,8 +253,20 @@ def exit_status(states: Mapping[str, int]) -> int:
     return EXIT_FAILED_VIDEOS if states.get("failed") else 0
 
 
+def _write_videos(root: Path, found: Sequence[Outcome]) -> str:
+    """Write the overview; return where it is, or why it is not: the run is over, and does not fail for it."""
+    from ..archive.outcomes import write_videos
+
+    try:
+        return f"{write_videos(root, found)}"
+    except OSError as error:
+        return f"not written: {error.strerror or error}"
+
+
 def _write_report(console: Console, progress: ArchiveProgress, root: Path) -> None:
     """Write the report; the run is over, and does not fail for it."""
+    import sqlite3
+
     from rich.markup import escape
 
     from ...operators.errors import StormlineError
@@ -264,7 +276,7 @@ def _write_report(console: Console, progress: ArchiveProgress, root: Path) -> No
     try:
         with open_result_index(root) as index:
             path = write_report(root, index, tell=progress.phase)
-    except (StormlineError, OSError) as error:
+    except (StormlineError, OSError, sqlite3.Error) as error:
         console.print(f"[red]no report[/] {escape(str(error))}; try `stormline report {escape(str(root))}`")
         return
     console.print(f"[dim]report[/]  {escape(str(path))}", soft_wrap=True)

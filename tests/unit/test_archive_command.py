@@ -1,6 +1,7 @@
 """`stormline archive` as a command, as far as it needs no lane: its options about times, and its exit status."""
 
 import signal
+import sqlite3
 from contextlib import contextmanager
 
 import pyarrow.parquet as pq
@@ -75,6 +76,34 @@ def test_archive_when_a_time_is_none_then_refused_before_anything_is_made(option
     assert isinstance(run.exception, SettingsError)
     assert said in str(run.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ("outcomes.write_videos", OSError(28, "disk is full")),
+        ("report.write_report", sqlite3.OperationalError("disk is full")),
+    ],
+)
+def test_archive_when_the_disk_is_full_at_its_end_then_what_failed_and_the_exit_status_are_told_all_the_same(
+    writer, error, tmp_path, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise error
+
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(b"no video")
+    ArchiveFeed(out, ArchiveOptions([str(videos)]), lambda text: None).partitions(1)
+    letter = DeadLetter("not_media", "no", "a.mp4", "v1", 0, "archive", 0, 0, 0, 0)
+    Folder(out, topic="archive").commit(dead_letters=[letter], next_offset=RANGES_PER_VIDEO)
+    monkeypatch.setattr(f"stormline.pipeline.archive.{writer}", full)
+
+    run = CliRunner().invoke(app, ["archive", str(videos), "--out", str(out)])
+
+    assert run.exit_code == 3, run.output
+    assert "a.mp4: not_media: no" in run.output
+    assert "disk is full" in run.output
 
 
 @pytest.fixture
