@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -72,9 +73,25 @@ def stormline(
 
 
 def main() -> None:
-    """Run the command; an error of ours is one message on standard error, exit status 2 for settings and else 1."""
+    """Run the command; an error of ours is one message on standard error, exit status 2 for settings and else 1.
+
+    So is one of a file, or of where the output goes.
+    """
     try:
         app()
     except StormlineError as e:
-        typer.secho(f"stormline: {e}", fg="red", err=True)
-        sys.exit(2 if isinstance(e, SettingsError) else 1)
+        _end(str(e), 2 if isinstance(e, SettingsError) else 1)
+    except OSError as e:
+        if e.errno is None or isinstance(e, ConnectionError | TimeoutError):
+            raise  # no file's: the traceback says more
+        what = f"cannot read or write {e.filename}: " if e.filename else ""
+        _end(f"{what}{e.strerror}", 1)
+
+
+def _end(text: str, status: int) -> NoReturn:
+    typer.secho(f"stormline: {text}", fg="red", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more, and end with a status of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

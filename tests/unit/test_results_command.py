@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -231,6 +233,26 @@ def test_results_when_asked_for_the_impossible_then_the_error_says_what_to_give(
 
     assert isinstance(run.exception, SettingsError)
     assert message in str(run.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["results", "{out}", "--format", "jsonl"], "stormline: No space left on device"),
+        (["archive", ".", "--out", "{out}/results.jsonl/x"], "/x/archive/work.jsonl: Not a directory"),
+    ],
+)
+def test_command_when_a_file_or_its_output_cannot_be_written_then_one_line_says_so(out, arguments, said):
+    (out / "results.jsonl").touch()
+    command = [sys.executable, "-m", "stormline.pipeline", *(text.format(out=out) for text in arguments)]
+
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=out, check=False)
+
+    assert run.returncode == 1
+    assert said in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert "Traceback" not in run.stderr
 
 
 def test_since_when_relative_or_absolute_then_it_is_a_time_with_a_zone():
