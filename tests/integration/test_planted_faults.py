@@ -23,7 +23,7 @@ from stormline.models import selection
 from stormline.models.loading import load_model
 from stormline.models.prompts import VideoAnswer
 from stormline.operators import encode as encode_step
-from stormline.operators.errors import CheckpointError
+from stormline.operators.errors import CheckpointError, TopicAnewError
 from stormline.operators.rows import Barrier, block_of, rows_of
 from stormline.pipeline import kafka_source, lane_source, parquet_sink, recovery
 from stormline.pipeline import lane as lane_module
@@ -224,6 +224,12 @@ def shifted(by) -> Callable:
     return lambda patch: patch.setattr(lane_module, "SourcePlan", moved)
 
 
+def one_too_far_unseen(patch):
+    """As it is refused below, where a partition ends before; but nobody looks where it ends."""
+    shifted(1)(patch)
+    patch.setattr(kafka_source, "_check_ends", lambda kafka, ends, next_offsets: None)
+
+
 def stale_states(patch):
     """Each commit writes the states of the one before."""
     real, before = parquet_sink.write_states, {}
@@ -271,7 +277,7 @@ FAULTS = {
     "the source forgets": forget(kafka_source.STEP_NAME),
     "the encoder forgets": encoder_forgets_unseen,
     "annotate forgets": forget(lane_module.annotate_step.STEP_NAME),
-    "one record too far": shifted(1),
+    "one record too far": one_too_far_unseen,
     "what never happened is kept": keep_what_never_happened,
     "a snapshot one row late": late_snapshot,
 }
@@ -290,6 +296,13 @@ def test_protocol_when_the_encoder_forgets_then_a_window_whose_chunks_go_back_is
     forget(encode_step.STEP_NAME)(monkeypatch)
 
     with pytest.raises(ValueError, match="expected them in time order"):
+        run(tmp_path, LIVES)
+
+
+def test_protocol_when_a_lane_goes_on_past_a_partitions_end_then_it_is_refused(run, tmp_path, monkeypatch):
+    shifted(1)(monkeypatch)
+
+    with pytest.raises(TopicAnewError, match=r"planted\[\d\]: reading goes on at offset \d+, but .* ends at \d+"):
         run(tmp_path, LIVES)
 
 
