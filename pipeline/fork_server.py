@@ -34,13 +34,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..infra.parent import end_with
-from .fork_worker import ACCEPTED, ADDRESS, ANY_JOB, READY_WITHIN_S
+from .fork_worker import ACCEPTED, ADDRESS, ANY_JOB, ASKER_BYTES, READY_WITHIN_S
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ RAY_MODULES = (
     f"{PACKAGE}.pipeline.video_llm",
 )
 KEPT = "STORMLINE_KEPT_SERVER"  # environment variable: of the program that was in this process before
-END_COPIES = "x" * len(ANY_JOB)  # in a job's place: an order to end all workers
+END_COPIES = "x" * ASKER_BYTES  # in an asker's place: an order to end all workers
+GONE_WITHIN_S = 20.0  # a busy machine takes its time to take them down
 _running: dict[tuple[str, ...], Server] = {}  # by their modules; of this process
 _started: dict[int, subprocess.Popen[bytes]] = {}  # by their number; held, else others would wait for them
 HARMLESS_THREADS = ("jemalloc_bg_thd",)  # Arrow's; it is made anew in a copy
@@ -300,7 +302,7 @@ def _number_of_a_copy() -> bytes:
 def serve(server: socket.socket) -> Order | None:
     """Make a copy for each order; returns the order in a copy, and nothing in the server, at its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # copies that end are nobody's to wait for
-    stages: dict[str, socket.socket] = {}  # of jobs
+    stages: dict[str, socket.socket] = {}  # of jobs, each of one Ray
     while True:
         ready, _, _ = select.select([server, sys.stdin.fileno()], [], [])
         if server not in ready:
@@ -308,14 +310,14 @@ def serve(server: socket.socket) -> Order | None:
         with server.accept()[0] as asking:
             outputs: list[int] = []
             with suppress(OSError, ValueError):  # who asks may be gone
-                told, outputs, _, _ = socket.recv_fds(asking, len(ANY_JOB), maxfds=3)
+                told, outputs, _, _ = socket.recv_fds(asking, ASKER_BYTES, maxfds=3)
                 job = told.decode()
                 if job == END_COPIES:
                     end_copies()
                     while stages:
                         stages.popitem()[1].close()
                     asking.sendall(ACCEPTED)
-                elif job == ANY_JOB:
+                elif job.startswith(ANY_JOB):
                     order = read_order(asking, outputs)
                     if is_copy():
                         return order
@@ -375,10 +377,25 @@ def is_copy() -> bool:
 
 
 def end_copies() -> None:
-    """End the copies of this process that live, and with them theirs."""
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+    """End the copies of this process, and theirs, and wait until they are gone, with the ports that they held."""
+    ending = []
+    for pid in list(_below(os.getpid())):
         with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            ending.append(os.pidfd_open(pid))
+            signal.pidfd_send_signal(ending[-1], signal.SIGKILL)
+    until_s = time.monotonic() + GONE_WITHIN_S
+    for descriptor in ending:
+        select.select([descriptor], [], [], max(0.0, until_s - time.monotonic()))
+    close(ending)
+
+
+def _below(pid: int) -> Iterator[int]:
+    """Give the processes that a process has begun, and those that these have."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it is gone
+            for child in map(int, children.read_text().split()):
+                yield child
+                yield from _below(child)
 
 
 def close(descriptors: Sequence[int]) -> None:

@@ -11,13 +11,21 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 
 ADDRESS = "STORMLINE_FORK_SERVER"  # environment variable: the server's socket
 JOB, ANY_JOB = "RAY_JOB_ID", "ffffffff"  # environment variable, and its value in a worker that Ray starts in advance
+RAYLET = "RAY_RAYLET_PID"  # environment variable; a job has the same number in every Ray, and this tells them apart
+ASKER_BYTES = 18  # of what an order begins with
 READY_WITHIN_S = 40.0  # Ray gives a worker a minute; the server takes some seconds for its imports as a run starts
 ACCEPTED = b"+"
 OWN_ENVIRONMENT = "--serialized-runtime-env-context="
 OF_SETUP = ("--language=", OWN_ENVIRONMENT)  # what Ray's `setup_worker.py` takes for itself
+
+
+def asker(environment: Mapping[str, str]) -> bytes:
+    """Return which job of which Ray a worker is for: 8 characters, then 10."""
+    return f"{environment.get(JOB, ANY_JOB):8.8}{environment.get(RAYLET, ''):>10.10}".encode()
 
 
 def ask(address: str, arguments: list[str]) -> bool:
@@ -32,7 +40,7 @@ def ask(address: str, arguments: list[str]) -> bool:
         with socket.socket(socket.AF_UNIX) as server:
             server.settimeout(READY_WITHIN_S)
             server.connect(address)
-            socket.send_fds(server, [os.environ.get(JOB, ANY_JOB).encode()], [0, 1, 2])
+            socket.send_fds(server, [asker(os.environ)], [0, 1, 2])
             server.sendall(json.dumps(order).encode())
             server.shutdown(socket.SHUT_WR)
             return server.recv(1) == ACCEPTED

@@ -64,6 +64,11 @@ def own_ray() -> Any:
     return worker._global_node
 
 
+def has_begun_again() -> bool:
+    """Tell whether this command has: workers of the Ray that died may be about to end, and hold a port until then."""
+    return SHORT_LIVES in os.environ
+
+
 def unless_stopped(stop: threading.Event, leave: Leave) -> Leave:
     """Return `leave`, but `end_process` from when a stop is asked for: what is to stop does not begin again."""
     return lambda why, ran_s, tell: (end_process if stop.is_set() else leave)(why, ran_s, tell)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import time
 
 from ...operators.errors import SettingsError
+from ..ray_watch import has_begun_again
 from ..settings import ServeSettings
+
+POLL_S = 0.1
+FREE_WITHIN_S = 30.0  # what held it for this command before
 
 
 def base_url(serve: ServeSettings) -> str:
@@ -15,18 +21,28 @@ def base_url(serve: ServeSettings) -> str:
 
 
 def check_port(serve: ServeSettings) -> None:
-    """See that the service can listen there.
+    """See that the service can listen there; what this command itself has left there, as its Ray died, is waited for.
 
     Raises:
         SettingsError: If the port is taken, or the address is not this machine's.
     """
+    until_s = time.monotonic() + (FREE_WITHIN_S if has_begun_again() else 0.0)
+    while (error := _refusal(serve)) and error.errno == errno.EADDRINUSE and time.monotonic() < until_s:
+        time.sleep(POLL_S)
+    if error:
+        raise SettingsError(
+            f"cannot listen at {serve.host}:{serve.port}: {error.strerror or error}. Choose another with "
+            f"--set serve.port=8001 (or serve.host), or stop what uses it."
+        ) from error
+
+
+def _refusal(serve: ServeSettings) -> OSError | None:
+    """Return why the service cannot listen there; nothing if it can."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise SettingsError(
-            f"cannot listen at {serve.host}:{serve.port}: {error.strerror or error}. Choose another with "
-            f"--set serve.port=8001 (or serve.host), or stop what uses it."
-        ) from error
+        return error
+    return None

@@ -16,9 +16,12 @@ from stormline.operators.errors import SettingsError, StormlineError
 from stormline.operators.rows import Chunk, LaneNews, Position, Result
 from stormline.pipeline.cli import app
 from stormline.pipeline.commands import ask as ask_command
+from stormline.pipeline.front.address import check_port
 from stormline.pipeline.parquet_sink import EpochWriter
+from stormline.pipeline.ray_watch import SHORT_LIVES
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.serving import STORE_APP, StoreClient, describe_model
+from stormline.pipeline.settings import ServeSettings
 
 S_NS = 10**9
 NOON_NS = 1_769_860_800 * S_NS  # 2026-01-31T12:00:00Z
@@ -184,6 +187,23 @@ def test_streams_and_captions_when_listed_then_times_and_committed_rows(client, 
     assert (mine["first_time"], mine["chunks"]) == ("2026-01-31T12:00:00.000Z", N_COMMITTED)
     assert [row["answer"] for row in captions["data"]] == ["caption 2", "caption 3"]
     assert captions["has_more"] is True
+
+
+@pytest.mark.parametrize("began_again", [True, False])
+def test_port_when_taken_then_a_command_that_began_again_waits_for_it_to_be_free(monkeypatch, began_again):
+    if began_again:
+        monkeypatch.setenv(SHORT_LIVES, "1")
+    with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(1) as pool:
+        serve = ServeSettings(enabled=True, port=taken.getsockname()[1])
+
+        checked = pool.submit(check_port, serve)
+
+        if not began_again:
+            with pytest.raises(SettingsError, match="cannot listen at"):
+                checked.result(10)
+        assert checked.done() != began_again
+        taken.close()
+        assert not began_again or checked.result(10) is None
 
 
 def test_ask_command_when_the_service_is_there_and_silent_then_not_told_to_start_one(monkeypatch):

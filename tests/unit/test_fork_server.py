@@ -50,7 +50,10 @@ with fork_server_ahead() as ahead:
     print("ended" if ADDRESS not in os.environ else "not")
 """
 LASTING = """
-import os, sys, time
+import fcntl, os, time
+held = open(os.path.join(os.path.dirname(__file__), "held"), "a")
+fcntl.flock(held, fcntl.LOCK_EX)
+ballast = b"x" * (200 << 20)  # to give back takes a while, before the lock goes
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
@@ -63,7 +66,7 @@ with fork_server(["json"]):
     time.sleep(600)
 """
 BEGIN_AGAIN = """
-import subprocess, sys, time
+import fcntl, os, subprocess, sys, time
 from stormline.pipeline import fork_server as package
 from stormline.pipeline.ray_watch import SHORT_LIFE_S, SHORT_LIVES, begin_again
 
@@ -72,11 +75,17 @@ if again and sys.argv[1] == "edited":
     package._code = lambda: 0
 with package.fork_server(["json"]):
     print(*(server.pid for server in package._running.values()), flush=True)
+    with open(os.path.join(os.path.dirname(sys.argv[4]), "held"), "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free at once
     subprocess.run(sys.argv[2:], check=True, stdin=subprocess.DEVNULL)
     if not again:
         sys.stdin.readline()
         begin_again("Ray died (raylet)", SHORT_LIFE_S, lambda text: None)
     time.sleep(600)
+"""
+PARENT = """
+import os
+print(os.environ["RAY_RAYLET_PID"], os.getppid())
 """
 BUSY = """
 import threading
@@ -237,6 +246,21 @@ def test_worker_of_a_job_when_ordered_then_it_is_a_copy_of_the_one_that_has_ray(
 
     assert said.startswith("copy [] True")
     assert complained == ""
+
+
+def test_workers_when_of_the_same_job_of_another_ray_then_they_are_copies_of_another_process(tmp_path):
+    (tmp_path / "parent_worker.py").write_text(PARENT)
+    worker = f"{sys.executable} {WORKER_FILE} {tmp_path}/parent_worker.py --language=PYTHON"
+    orders = "; ".join(f"RAY_JOB_ID=01000000 RAY_RAYLET_PID={raylet} {worker}" for raylet in (7, 8, 7))
+
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "json", "sh", "-c", orders], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    told = [line.split() for line in done.stdout.split("\n") if line]
+    parents = {raylet: {parent for of, parent in told if of == raylet} for raylet in "78"}
+    assert [len(told), len(parents["7"]), len(parents["8"])] == [3, 1, 1], done.stderr
+    assert parents["7"] != parents["8"]
 
 
 def test_modules_when_imported_then_all_are_there_and_the_process_may_be_copied(monkeypatch):
