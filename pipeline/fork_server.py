@@ -191,7 +191,7 @@ def _kept(modules: list[str]) -> Server | None:
     with suppress(ChildProcessError):  # whom that program has left behind
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    if server.modules == modules and server.code == _code() and server.end_copies():
+    if server.end_copies() and server.modules == modules and server.code == _code():
         return server
     server.end()
     return None
