@@ -141,7 +141,7 @@ def of_decode(d: dict[str, Any]) -> Rows:
 
 MOTION_KINDS = ("direction", "size change", "stop or start", "speed", "moves", "motion")
 OTHER_VARIANTS = {
-    "unpooled": "not pooled over time, four times the tokens",
+    "unpooled": "not pooled over time, four times the tokens (at 128 frames as many: 512 at most)",
     "unpooled, tokens of full": "the same, as many tokens as pooled ones",
     "both-ways": "a backward scan in each chunk, too",
     "pooled-2x2": "2 × 2 places pooled, too, a quarter of the tokens",
@@ -173,11 +173,15 @@ def of_ablation(d: dict[str, Any]) -> Rows:
         f"{of_motion('full')}; {of_motion('still')}",
         "20 points",
     )
-    if any(name in of for name in OTHER_VARIANTS):
+
+    def cost(n: str) -> str:
+        return f"{100 * (of['unpooled'][n]['order'] - of['full'][n]['order']):.1f}"
+
+    if "unpooled" in of:
         yield (
             "questions that need order, of other variants",
             "; ".join(f"{told}: {shares(name)}" for name, told in OTHER_VARIANTS.items() if name in of),
-            "pooling costs 2 points or less",
+            f"pooling costs 2 points or less; here {', '.join(cost(n) for n in lengths)}",
         )
 
 
