@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ..operators.errors import SettingsError, StormlineError
-from .fork_server import fork_server
+from .fork_server import fork_server, import_all
 from .ray_watch import Leave, RayWatch, end_process, own_ray
 from .settings import Settings
 from .stop_signals import keep_signal_handlers
@@ -30,16 +31,22 @@ BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the 
 # And with whatever port is free for what it does need: at its usual one the agent of a Ray that was killed listens for
 # seconds more, or that of another run for good, and each start waited until it had tried five times more.
 LEAN = {"no_monitor": True, "include_log_monitor": False, "dashboard_agent_listen_port": 0}
+UP_WITHIN_S = 10.0  # of its node; then Ray waits for it in its own way
+LOOK_EVERY_S = 0.02
 
 
 @contextmanager
-def embedded_ray(settings: Settings, tell: Callable[[str], None], leave: Leave = end_process) -> Iterator[None]:
+def embedded_ray(
+    settings: Settings, tell: Callable[[str], None], leave: Leave = end_process, meanwhile: Sequence[str] = ()
+) -> Iterator[None]:
     """Use the running Ray, or start one for the time of the block and shut it down after it.
 
     Args:
         settings: Which of the two, and how large.
         tell: Told what happens.
         leave: What this process does should its own Ray die (`ray_watch`).
+        meanwhile: Modules of this folder that the block imports: a Ray that is started takes a second or two, in which
+            nothing else is to be done here.
     """
     if "ray" not in sys.modules:  # which reads these once
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # what Ray does anyway; said outright, it does not warn of it
@@ -56,7 +63,7 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None], leave: Leave =
             more["setup_worker_path"] = stack.enter_context(fork_server())
         import ray
 
-        with keep_signal_handlers(), _lean_ray(more):
+        with keep_signal_handlers(), _lean_ray(more, meanwhile):
             _init_ray(settings, tell)
         stack.callback(ray.shutdown)
         if own:
@@ -65,15 +72,17 @@ def embedded_ray(settings: Settings, tell: Callable[[str], None], leave: Leave =
 
 
 @contextmanager
-def _lean_ray(more: dict[str, Any]) -> Iterator[None]:
-    """Have a Ray that is started within the block take parameters that `ray.init` has none for, and no dashboard.
+def _lean_ray(more: dict[str, Any], meanwhile: Sequence[str]) -> Iterator[None]:
+    """Have a Ray that is started within the block start as we want it, and sooner.
 
-    With `include_dashboard=False`, too, Ray starts the dashboard's process, without its pages, and waits for it.
+    - With parameters that `ray.init` has none for.
+    - Without the dashboard's process: `include_dashboard=False` starts it, too, without its pages, and waits for it.
+    - Without importing what its agent needs, a fifth of a second, to see whether it is there: it comes with Ray Serve.
+    - Noticed as soon as its node is there: Ray looks once a second.
     """
-    from ray._private import node, parameter
+    from ray._private import node, parameter, services, utils
 
     plain: Any = parameter.RayParams
-    start_api_server = node.Node.start_api_server
 
     class Parameters(plain):
         def __init__(self, *args: Any, **kwargs: Any):
@@ -82,14 +91,45 @@ def _lean_ray(more: dict[str, Any]) -> Iterator[None]:
     def start_nothing(self: node.Node, **_: Any) -> None:
         pass
 
-    own: Any = parameter
-    own.RayParams = Parameters
-    node.Node.start_api_server = start_nothing
+    get_node = services.get_node
+
+    def get_node_soon(gcs_address: str, node_id: str) -> Any:
+        import_all([f"{__package__}.{name}" for name in meanwhile])
+        _await_node(gcs_address, node_id)
+        return get_node(gcs_address, node_id)
+
+    with (
+        _replaced(parameter, "RayParams", Parameters),
+        _replaced(node.Node, "start_api_server", start_nothing),
+        _replaced(utils, "get_dashboard_dependency_error", lambda: None),
+        _replaced(services, "get_node", get_node_soon),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        own.RayParams = plain
-        node.Node.start_api_server = start_api_server
+        setattr(owner, name, before)
+
+
+def _await_node(gcs_address: str, node_id: str) -> None:
+    """Wait until a node is known to Ray's control store, for a while."""
+    from ray import _raylet
+    from ray.exceptions import RpcError
+
+    untyped: Any = _raylet
+    until_s = time.monotonic() + UP_WITHIN_S
+    with suppress(RpcError):
+        control_store = untyped.GcsClient(address=gcs_address)
+        while time.monotonic() < until_s:
+            if any(known.hex() == node_id for known in control_store.get_all_node_info(timeout=UP_WITHIN_S)):
+                return
+            time.sleep(LOOK_EVERY_S)
 
 
 def may_fork(settings: Settings) -> bool:

@@ -41,6 +41,7 @@ MAX_BACKOFF_S = 30.0
 START_LIMIT_S = (
     600.0  # of a lane until its first commit: it loads its model, which may be large and come over a network
 )
+MEANWHILE = ("delivery", "front.deployment", "lane", "partition_watch", "recovery")
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Supervisor:
         from .query_registry import QueryRegistry
 
         root = Path(self._settings.output.path)
-        with OutputLock(root), embedded_ray(self._settings, self._tell, self._leave):
+        with OutputLock(root), embedded_ray(self._settings, self._tell, self._leave, MEANWHILE):
             QueryRegistry(root).take_settings(self._settings.queries)
             if not self._stop.is_set():
                 delivery = DeliveryThread(root, self._settings.delivery, self._settings.kafka)

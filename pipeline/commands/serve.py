@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..settings import Settings
     from ..video_llm import ModelDescription
 
+MEANWHILE = ("front.deployment",)
+
 
 def serve(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that `stormline run` wrote to.")] = Path("out"),
@@ -83,7 +85,7 @@ def _serve(settings: Settings, out: Path) -> None:
     progress = PlainProgress(Console(highlight=False))
     stop = threading.Event()
     leave = unless_stopped(stop, begin_again)
-    with on_stop_signal(stop.set, progress.phase), embedded_ray(settings, progress.phase, leave):
+    with on_stop_signal(stop.set, progress.phase), embedded_ray(settings, progress.phase, leave, MEANWHILE):
         from ..serving import describe_model, services  # which imports Ray: not before it is set up
 
         progress.phase("starting the LLM and the HTTP service on Ray Serve")
