@@ -28,7 +28,7 @@ import numpy as np
 
 from ..processing import format_time
 from .shapes import MARGIN_S, ObjectFacts, ShapesWorld, WindowTruth
-from .shapes_spec import COLOURS, DIRECTIONS, NEEDLE_SHAPE, SHAPES, SIZES, STILL
+from .shapes_spec import BACKGROUND_CHANGES, COLOURS, DIRECTIONS, NEEDLE_SHAPE, SHAPES, SIZES, STILL
 
 CAPTION_PROMPT = "Describe what happens."
 MIN_SEEN_S = 2.0  # how long an object must be seen for a question on its way: four frames at 2 fps
@@ -36,13 +36,14 @@ ORDER_GAP_S = 1.0  # between two things whose order is asked: two frames at 2 fp
 TOLD_EVERY_S = 2.0  # the times that a prompt shows, from the window's begin: of each four frames at 2 fps
 _CLEAR_OF_NEXT_S = 0.6  # how far a thing must be from both such times around it for the earlier one to be its time
 _MOST_TOLD = 5  # objects in one answer
+_DULL_BACKGROUND = 0.8  # share left out of windows whose background stays: about as many then have one that changes
 CHANGES = ("turns", "stops", "starts moving", "changes colour", "grows", "shrinks")
 
 ORDERED_KINDS = ("direction", "size change", "colour change", "presence", "stop or start", "first change")
 NEEDLE_KINDS = ("needle seen", "needle colour", "needle first", "needle count")
 PLAIN_KINDS = ("exists", "colour", "shape", "size", "count", "speed", "moves")
 TOLD_KINDS = ("objects", "motion", "actions", "after", "when", "caption")
-KINDS = (*ORDERED_KINDS, *NEEDLE_KINDS, *PLAIN_KINDS, *TOLD_KINDS, "alert")
+KINDS = (*ORDERED_KINDS, *NEEDLE_KINDS, *PLAIN_KINDS, *TOLD_KINDS, "alert", "background")
 ORDER_NEEDED = frozenset((*ORDERED_KINDS, "needle first"))  # half right is all that a set of frames gives
 
 _OPPOSITE = dict(zip(DIRECTIONS, [*list(DIRECTIONS)[4:], *list(DIRECTIONS)[:4]], strict=True))
@@ -439,6 +440,13 @@ def _ask_alert(view: WindowView, rng: np.random.Generator) -> list[Question]:
     return [asked[answer][int(rng.integers(len(asked[answer])))]]
 
 
+def _ask_background(view: WindowView, rng: np.random.Generator) -> list[Question]:
+    changes = view.happens(BACKGROUND_CHANGES)
+    if changes is None or (not changes and rng.random() < _DULL_BACKGROUND):
+        return []
+    return [_plain("background", "Does the background change?", "yes" if changes else "no", _YES_NO)]
+
+
 _ALERT_WORDS = {
     "appears": "appear",
     "leaves": "leave",
@@ -474,6 +482,7 @@ _ASKERS: dict[str, Callable[[WindowView, np.random.Generator], list[Question]]] 
     "when": _ask_when,
     "caption": _ask_caption,
     "alert": _ask_alert,
+    "background": _ask_background,
 }
 
 
@@ -482,7 +491,7 @@ def question_corpus(n_windows: int = 400, seed: int = 0) -> Iterator[str]:
     from .clips import world_of
 
     # The words of those left out are all in the others.
-    weights: dict[str, float] = {kind: 1.0 for kind in KINDS if kind not in ("when", "objects")}
+    weights: dict[str, float] = {kind: 1.0 for kind in KINDS if kind not in ("when", "objects", "background")}
     for i in range(n_windows):
         world = world_of(seed + i, "needles" if i % 4 == 0 else "shapes")
         rng = np.random.default_rng([seed, i])

@@ -33,7 +33,7 @@ from .recipe import Recipe, Stage
 from .token_cache import TokenCache, encode_clips, fill_cache
 
 _TRIES = 4  # windows drawn for a row before it may have fewer questions
-_SOUGHT_TRIES = 16  # before it may lack the kind of question that it is drawn for
+_SOUGHT_TRIES = 64  # before it may lack the kind of question that it is drawn for: a try takes a tenth of a millisecond
 _FOR_SURE = 1e6  # weight of that kind: it is among the questions
 _OTHER_CLIPS = 16  # looked at where a row's own has nothing to ask
 Counts = dict[str, Tensor]  # by target or kind of question: (right, asked)

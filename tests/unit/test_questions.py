@@ -18,7 +18,7 @@ from stormline.models.training.questions import (
     exact,
     question_corpus,
 )
-from stormline.models.training.shapes import ShapesSpec, ShapesWorld, parse_shapes_url
+from stormline.models.training.shapes import MARGIN_S, ShapesSpec, ShapesWorld, parse_shapes_url
 from stormline.models.training.shapes_spec import COLOURS, DIRECTIONS, SHAPES
 from stormline.pipeline.commands.demo import shapes_feed
 
@@ -141,6 +141,20 @@ def test_yes_and_no_when_many_windows_then_equally_often(many):
 
         assert n > 100
         assert abs(answers["yes"] - n / 2) < 4 * np.sqrt(n) / 2  # four standard deviations of a fair coin
+
+
+def test_background_when_asked_then_yes_where_it_changes_clear_of_the_ends_and_no_where_it_never_does(many):
+    answers = Counter()
+    for clip, questions in many:
+        view = clip.window(0, clip.n_frames)
+        for q in (q for q in questions if q.kind == "background"):
+            times = [e.t_s for e in view.full.events if e.kind == "background changes"]
+            clear = [t_s for t_s in times if view.start_s + MARGIN_S <= t_s <= view.stop_s - MARGIN_S]
+            assert q.answer == ("yes" if clear else "no")
+            assert clear or not times  # one too near to an end may or may not be seen: nothing is asked
+            answers[q.answer] += 1
+
+    assert min(answers["yes"], answers["no"]) >= 10
 
 
 def test_name_when_two_objects_share_it_then_nothing_is_asked_about_them(many):
