@@ -111,7 +111,7 @@ def stopped_while_ray_starts(monkeypatch):
     """Have a stop signal come while Ray starts."""
 
     @contextmanager
-    def starting(settings, tell, leave):
+    def starting(settings, *others):
         signal.raise_signal(signal.SIGTERM)
         yield
 
