@@ -14,8 +14,8 @@ from typing import Any
 import ray
 from ray.core.generated import gcs_pb2
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
-from ray.data._internal.execution import streaming_executor_state
+from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
+from ray.data._internal.execution import streaming_executor, streaming_executor_state
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -23,7 +23,7 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
 from ray.data._internal.execution.interfaces.execution_options import ExecutionResources
-from ray.data._internal.execution.operators import map_operator
+from ray.data._internal.execution.operators import actor_pool_map_operator, map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
 from ray.data.datasource import Datasource
@@ -51,6 +51,44 @@ class BlocksInFlight(BackpressurePolicy):
         return 0 if self._topology[op].output_queue.num_blocks >= ROWS_IN_FLIGHT else None
 
 
+class WholeCluster(ClusterAutoscaler):
+    """Reckons with all that the cluster has, and asks for no more of it.
+
+    Ray Data's own shares what is left over between executions, those that were killed included for three minutes: after
+    a few kills a lane's share was too small for its steps, and it stood still until the dead ones' shares expired. A
+    lane's steps say themselves what they want, and Ray's scheduler sees that it is there.
+    """
+
+    def __init__(self) -> None:
+        self._looked_s = -math.inf
+        self._resources = ExecutionResources.zero()
+
+    def try_trigger_scaling(self) -> None:
+        """Do nothing: where Ray adds machines, it does so for actors that wait for one."""
+
+    def on_executor_shutdown(self) -> None:
+        """Do nothing."""
+
+    def get_total_resources(self) -> ExecutionResources:
+        """Return what the cluster had a moment ago."""
+        if time.monotonic() - self._looked_s > CLUSTER_LOOK_S:
+            self._resources = ExecutionResources.from_resource_dict({**ray.cluster_resources()})
+            self._looked_s = time.monotonic()
+        return self._resources
+
+
+class NoTracker:
+    """Stands for Ray Data's actor that is told where actors are; picklable."""
+
+    @property
+    def update_actor_location(self) -> NoTracker:
+        """Return what is called as a method of the actor."""
+        return self
+
+    def remote(self, *told: Any) -> None:
+        """Do nothing."""
+
+
 update_running_actor_state = _ActorPool._update_running_actor_state  # Ray's own
 
 
@@ -73,7 +111,7 @@ def lane_context(context: DataContext, turn_s: float = EXECUTOR_TURN_S) -> None:
     _keep_no_statistics()
     _keep_no_finished_tasks()
     _notice_dead_actors()
-    _reckon_with_the_whole_cluster()
+    _do_without_helpers()
     # Each turn of the executor waits until all its tasks have something, and a source has not: for this long, always.
     # At Ray's 0.1 s a row takes half a second through five steps.
     streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = turn_s
@@ -117,23 +155,19 @@ def _notice_dead_actors() -> None:
     pools._update_running_actor_state = update
 
 
-def _reckon_with_the_whole_cluster() -> None:
-    """Have an execution reckon with all that the cluster has, rather than with a share among all executions.
+def _do_without_helpers() -> None:
+    """Have Ray Data start none of its own actors, each a process: a lane has no use for what they know.
 
-    Ray Data shares what is left over between executions, those that were killed included for three minutes: after a few
-    kills a lane's share was too small for its steps, and it stood still until the dead ones' shares expired. A lane's
-    steps say themselves what they want, and Ray's scheduler sees that it is there.
+    One shares out the cluster (`WholeCluster`); one knows where actors are that were started again, which a lane's
+    never are; one keeps statistics.
     """
-    seen: dict[str, Any] = {"at_s": -math.inf, "resources": ExecutionResources.zero()}
-
-    def get_total_resources(autoscaler: Any) -> ExecutionResources:
-        if time.monotonic() - seen["at_s"] > CLUSTER_LOOK_S:
-            seen["resources"] = ExecutionResources.from_resource_dict({**ray.cluster_resources()})
-            seen["at_s"] = time.monotonic()
-        return seen["resources"]
-
-    autoscalers: Any = RateBasedClusterAutoscaler
-    autoscalers.get_total_resources = get_total_resources
+    executors: Any = streaming_executor
+    pools: Any = actor_pool_map_operator
+    manager: Any = _StatsManager
+    executors.create_cluster_autoscaler = lambda *args, **kwargs: WholeCluster()
+    pools.get_or_create_actor_location_tracker = NoTracker
+    pools.get_actor_locations = lambda logical_ids: {}
+    manager.register_dataset_to_stats_actor = staticmethod(lambda *args, **kwargs: None)
 
 
 def build_dataset(source: Datasource, steps: Mapping[str, Callable[[Dataset], Dataset]]) -> Dataset:

@@ -202,6 +202,14 @@ def test_scenes_when_asked_about_then_they_follow_each_other_and_cover_the_strea
         assert scenes[-1][1] == chunks[-1]["end_time"]
 
 
+def test_lane_when_it_runs_then_ray_data_starts_no_actors_of_its_own(whole_run):
+    helpers = {"ActorLocationTracker", "AutoscalingCoordinator", "datasets_stats_actor"}
+    named = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+
+    assert "SERVE_CONTROLLER_ACTOR" in named  # the list is one
+    assert not named & helpers
+
+
 def test_lane_when_committed_then_the_consumer_group_knows(whole_run, broker):
     consumer = KafkaConsumer(bootstrap_servers=broker, group_id="stormline", enable_auto_commit=False)
     partitions = [TopicPartition("whole", p) for p in range(2)]

@@ -7,12 +7,10 @@ import pytest
 import ray
 from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.data import DataContext
-from ray.data._internal import cluster_autoscaler
-from ray.data._internal.cluster_autoscaler import RateBasedClusterAutoscaler
 from ray.data._internal.execution import streaming_executor, streaming_executor_state
 from ray.data._internal.execution.backpressure_policy import get_backpressure_policies
 from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
-from ray.data._internal.execution.operators import map_operator
+from ray.data._internal.execution.operators import actor_pool_map_operator, map_operator
 from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorPool
 from ray.data._internal.stats import _StatsManager
 from ray.exceptions import RayError
@@ -35,6 +33,12 @@ def test_ray_data_when_read_then_uses_what_the_lane_sets():
     assert "timeout=WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in turn
     assert "_output_blocks_stats.extend(to_stats(" in inspect.getsource(map_operator)
     assert {"update_execution_metrics", "update_iteration_metrics"} <= set(vars(_StatsManager))
+    executor, pool = inspect.getsource(streaming_executor), inspect.getsource(actor_pool_map_operator)
+    assert "_cluster_autoscaler = create_cluster_autoscaler(" in executor
+    assert "_StatsManager.register_dataset_to_stats_actor(" in executor
+    assert "actor_location_tracker=get_or_create_actor_location_tracker()" in pool
+    assert "] = get_actor_locations(" in pool
+    assert "self._actor_node_id_map_snapshot.get(logical_id) or state.actor_location" in pool
     assert "self._update_running_actor_state(actor)" in inspect.getsource(_ActorPool.refresh_actor_state)
     assert hasattr(_ActorPool, "map_worker_cls_name")
     assert hasattr(DataContext(), "_max_num_blocks_in_streaming_gen_buffer")
@@ -67,7 +71,10 @@ def as_before(monkeypatch):
         (_ActorPool, "_update_running_actor_state"),
         (_StatsManager, "update_execution_metrics"),
         (_StatsManager, "update_iteration_metrics"),
-        (RateBasedClusterAutoscaler, "get_total_resources"),
+        (_StatsManager, "register_dataset_to_stats_actor"),
+        (streaming_executor, "create_cluster_autoscaler"),
+        (actor_pool_map_operator, "get_or_create_actor_location_tracker"),
+        (actor_pool_map_operator, "get_actor_locations"),
     ):
         monkeypatch.setattr(owner, name, inspect.getattr_static(owner, name))
 
@@ -85,11 +92,10 @@ def test_resources_when_other_executions_were_killed_then_a_lane_still_reckons_w
     as_before, monkeypatch
 ):
     assert "self._cluster_autoscaler.get_total_resources()" in inspect.getsource(streaming_executor)
-    assert cluster_autoscaler.DEFAULT_CLUSTER_AUTOSCALER_VERSION == "RATE_BASED"
     asked = []
     monkeypatch.setattr(ray, "cluster_resources", lambda: asked.append(1) or {"CPU": 4.0, "memory": 100.0})
     lane_context(DataContext())
-    autoscaler = object.__new__(RateBasedClusterAutoscaler)  # without a coordinator to ask for a share
+    autoscaler = streaming_executor.create_cluster_autoscaler({}, None, DataContext(), execution_id="a")
 
     found = [autoscaler.get_total_resources() for _ in range(3)]
 
