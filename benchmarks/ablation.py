@@ -31,7 +31,7 @@ import torch
 
 from stormline.models.loading import DEFAULT_FOLDER, load_model
 from stormline.models.training.evaluate import evaluate
-from stormline.models.training.questions import KINDS, ORDER_NEEDED
+from stormline.models.training.questions import KINDS, NAMED_ONLY, ORDER_NEEDED
 from stormline.models.training.recipe import Recipe, recipe_from_dict
 from stormline.models.training.tasks import build_task
 from stormline.models.training.trainer import Trainer, TrainProgress
@@ -161,7 +161,7 @@ def measure(folder: Path, label: str, n_per_kind: int, keep: float = 1.0, tokens
         told[n_frames] = {
             "tokens": budget,
             "order": round(result.mean(n_frames, ORDER_NEEDED) or 0.0, 4),
-            "other": round(result.mean(n_frames, set(KINDS) - ORDER_NEEDED) or 0.0, 4),
+            "other": round(result.mean(n_frames, set(KINDS) - ORDER_NEEDED - NAMED_ONLY) or 0.0, 4),
             "kinds": {kind: round(r["accuracy"], 3) for kind, r in kinds.items() if r["accuracy"] is not None},
         }
         print(f"{label:<24} {n_frames:>5} frames  {budget:>5} tokens  order {told[n_frames]['order']:.1%}", flush=True)

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from ..strict_yaml import load_yaml
 from .clips import WORLDS
 from .lora import PART, Lora
-from .questions import KINDS, NEEDLE_KINDS
+from .questions import KINDS, NAMED_ONLY, NEEDLE_KINDS
 
 Task = Literal["places", "motions", "text"]
 PARTS = ("vision_tower", "multi_modal_projector", "temporal_encoder", "language_model")
@@ -171,7 +171,7 @@ class Stage:
 
     def question_weights(self) -> dict[str, float]:
         """Return the weight of every kind of question."""
-        return {kind: self.weights.get(kind, 0.0 if self.only else 1.0) for kind in KINDS}
+        return {kind: self.weights.get(kind, 0.0 if self.only or kind in NAMED_ONLY else 1.0) for kind in KINDS}
 
     def _kinds_asked(self) -> list[str]:
         """Return the kinds of question that have a weight, and that a world of the stage can answer."""

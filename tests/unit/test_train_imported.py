@@ -188,7 +188,7 @@ def test_trainer_when_features_are_kept_then_looks_once_and_learns_and_a_stop_le
     after = hashes(load_model(whole, device="cpu").model)
     assert {part for part in before if before[part] != after[part]} == set(ALIGN["train"])
     assert hashes(load_model(pieces, device="cpu").model) == after
-    assert losses[-1] < 0.95 * next(loss for loss in losses if loss)  # the first report is of the clips
+    assert losses[-1] < 0.9 * next(loss for loss in losses if loss)  # the first report is of the clips
     assert (n_seen, len(seen)) == (12, 12)  # six clips for each folder, none again after the stop
 
 
