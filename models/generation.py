@@ -9,8 +9,8 @@ for bit, whatever its companions and its place among them; all three were needed
 1. The decoding batch always has the same number of rows, empty ones included: a matrix product may round differently
    for another number of rows, but did not for another row of the same batch of eight.
 2. Rows are padded to a multiple of 16 tokens: vectorised sums then group the same numbers together.
-3. Attention of the one new token is two plain products (`use_exact_decoding`): torch's fused CPU kernel rounds
-   differently for another length of padding, and with several threads also from row to row.
+3. Attention of the one new token is plain products (`exact_attention`): torch's fused CPU kernel rounds differently
+   for another length of padding, and with several threads also from row to row.
 
 That is a measurement (x86, torch 2.13, 1 and 2 threads), which the tests repeat, and no promise of every BLAS. On CUDA,
 and in half precision, rounding may depend on the batch, so a near tie may fall otherwise; `fixed_batch=1` then makes
@@ -21,16 +21,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from .exact_attention import Prefix, PromptRest, has_exact_attention
 from .prefix_cache import PrefixCache, prefix_key
 from .processing import Prompt, StormProcessor
 from .prompts import VideoAnswer, VideoPrompt
@@ -38,23 +36,8 @@ from .slots import Slots
 from .storm import StormForConditionalGeneration
 
 FIXED_BATCH = 8  # on CPU eight rows cost a fifth more than one
-EXACT_ATTENTION = "stormline_exact"
 COLDEST = 1e-6  # temperature: below it the likeliest token is taken, for logits divided by it may overflow
 UNFINISHED = "\ufffd"  # what a cut multi-byte character decodes to
-
-
-def use_exact_decoding(model: StormForConditionalGeneration) -> None:
-    """Make the language model's attention round alike for every row of a decoding batch; for CPU.
-
-    Prompts still go through torch's fused kernel. Language models with attention of their own making are left as
-    they are; for them use ``fixed_batch=1``.
-    """
-    if model.language_model.config._attn_implementation == "sdpa":
-        model.language_model.set_attn_implementation(EXACT_ATTENTION)
-
-
-def _has_exact_attention(model: StormForConditionalGeneration) -> bool:
-    return model.language_model.config._attn_implementation == EXACT_ATTENTION
 
 
 def check_prompt(model: StormForConditionalGeneration, processor: StormProcessor, prompt: VideoPrompt) -> Prompt:
@@ -177,7 +160,9 @@ class AnswerWriter:
             raise ValueError(f"fixed_batch is {fixed_batch}; expected 1 or more")
         self._model, self._processor = model, processor
         self._prefixes = PrefixCache() if prefixes is None else prefixes
-        self._slots = Slots(model, n_rows, skip_free=_has_exact_attention(model))
+        exact = has_exact_attention(model)
+        self._slots = Slots(model, n_rows, exact=exact)
+        self._shares = exact and n_rows > 1  # prefixes, which then are never copied
         self._rows: list[PendingAnswer | None] = [None] * n_rows
 
     @property
@@ -202,10 +187,10 @@ class AnswerWriter:
             ValueError: If there is no room, or the language model's cache wants `fixed_batch` 1.
         """
         row = self._rows.index(None)
-        logits, cache = _prefill(self._model, answer.built, self._prefixes)
-        answer.accept(answer.choose(logits))
+        read = _prefill(self._model, answer.built, self._prefixes, share=self._shares)
+        answer.accept(answer.choose(read.logits))
         if not answer.done:
-            self._slots.put(row, cache, answer.built.n_tokens)
+            self._slots.put(row, read.cache, answer.built.n_tokens, read.prefix)
             self._rows[row] = answer
         answer.tell()
 
@@ -336,27 +321,49 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
-def _prefill(model: StormForConditionalGeneration, built: Prompt, prefixes: PrefixCache) -> tuple[Tensor, Any]:
-    """Return the first token's logits (vocab,) and the cache of the prompt, by itself."""
+@dataclass(frozen=True)
+class _ReadPrompt:
+    """A prompt that was read, by itself."""
+
+    logits: Tensor  # (vocab,) of the answer's first token
+    cache: Any  # of the whole prompt, or of what follows the prefix
+    prefix: Prefix | None = None
+
+
+def _prefill(
+    model: StormForConditionalGeneration, built: Prompt, prefixes: PrefixCache, *, share: bool = False
+) -> _ReadPrompt:
+    """Read a prompt; with `share` its prefix, where it has one, is not copied into its cache."""
     video_at = (built.input_ids == model.config.video_token_id).nonzero()
     n_prefix = int(video_at[-1]) + 1 if len(video_at) else 0
     if not 0 < n_prefix < built.n_tokens or not _has_plain_cache(model):
         out = _read(model, built.input_ids, built.video_tokens)
-        return _only_text(model, out.logits[:, -1])[0], out.past_key_values
+        return _ReadPrompt(_only_text(model, out.logits[:, -1])[0], out.past_key_values)
     key = prefix_key(built.input_ids[:n_prefix], built.video_tokens)
-    cache = prefixes.get(key)
-    if cache is None:
-        cache = _read(model, built.input_ids[:n_prefix], built.video_tokens).past_key_values
-        prefixes.put(key, cache)
-    rest = built.input_ids[n_prefix:].to(model.device)
+    prefix = prefixes.get(key)
+    if prefix is None:
+        prefix = Prefix.of(_read(model, built.input_ids[:n_prefix], built.video_tokens).past_key_values)
+        prefixes.put(key, prefix)
+    if share:
+        rest = PromptRest(prefix)
+        logits = _read_rest(model, built.input_ids[n_prefix:], n_prefix, rest.cache)
+        if rest.seen:
+            return _ReadPrompt(logits, rest.cache, prefix)
+    cache = prefix.to_cache()
+    return _ReadPrompt(_read_rest(model, built.input_ids[n_prefix:], n_prefix, cache), cache)
+
+
+def _read_rest(model: StormForConditionalGeneration, input_ids: Tensor, n_before: int, cache: Any) -> Tensor:
+    """Return the first token's logits (vocab,), writing the tokens that follow the prefix into its cache."""
+    rest = input_ids.to(model.device)
     out = model.language_model(
         inputs_embeds=model.embed_inputs(rest[None]),  # a source's mark behind the video is a vector of its own
-        position_ids=torch.arange(n_prefix, built.n_tokens, device=model.device)[None],
+        position_ids=torch.arange(n_before, n_before + len(rest), device=model.device)[None],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return _only_text(model, out.logits[:, -1])[0], out.past_key_values
+    return _only_text(model, out.logits[:, -1])[0]
 
 
 def _read(model: StormForConditionalGeneration, input_ids: Tensor, video_tokens: Tensor) -> Any:
@@ -378,43 +385,3 @@ def _end_ids(model: StormForConditionalGeneration, processor: StormProcessor) ->
     named = model.generation_config.eos_token_id if model.generation_config else None
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     return {processor.eos_token_id, processor.end_of_answer_id, *named}
-
-
-def _exact_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend as sdpa does, but for one new token with plain products, whose rounding is the same in every row.
-
-    Args:
-        module: The attention layer.
-        query: (B, n_heads, n, d).
-        key: (B, n_kv_heads, n_keys, d); for one new token perhaps of fewer rows, the rest of which then see nothing.
-        value: As key.
-        attention_mask: (B, 1, n, n_keys) bool, True where to look; or None.
-        scaling: None for 1 / sqrt(d).
-        **kwargs: Only for more than one new token.
-
-    Returns:
-        (B, n, n_heads, d), and no weights.
-    """
-    if query.shape[2] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    n_rows, (b, n_heads, _, d) = len(query), query[: len(key)].shape
-    query = query[:b]
-    grouped = query.reshape(b, key.shape[1], n_heads // key.shape[1], d)
-    scores = grouped @ key.transpose(-1, -2) * (d**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask[:b, :, :, : key.shape[2]], -torch.inf)
-    out = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    out = out.reshape(b, 1, n_heads, d)
-    return F.pad(out, (0, 0, 0, 0, 0, 0, 0, n_rows - b)), None
-
-
-AttentionInterface.register(EXACT_ATTENTION, _exact_attention)
-AttentionMaskInterface.register(EXACT_ATTENTION, sdpa_mask)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, SiglipVisionConfig
 from transformers.utils.import_utils import is_accelerate_available
 
-from .generation import use_exact_decoding
+from .exact_attention import use_exact_decoding
 from .processing import StormProcessor
 from .storm import StormForConditionalGeneration
 from .storm_config import StormConfig

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .exact_attention import Prefix
 from .last_used import LastUsed
 
 DEFAULT_BYTES = 256 << 20
@@ -30,7 +29,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.hits = 0
         self.misses = 0
-        self._kept: LastUsed[bytes, list[tuple[Tensor, Tensor]]] = LastUsed(max_bytes, _n_bytes)
+        self._kept: LastUsed[bytes, Prefix] = LastUsed(max_bytes)
         self._lock = threading.Lock()
 
     @property
@@ -43,21 +42,20 @@ class PrefixCache:
         """Return the size of what is kept."""
         return self._kept.n_bytes
 
-    def get(self, key: bytes) -> DynamicCache | None:
-        """Return a cache that starts with the prefix and may be written on, or None."""
+    def get(self, key: bytes) -> Prefix | None:
+        """Return what was kept, or None."""
         with self._lock:
-            layers = self._kept.get(key)
-            if layers is None:
+            prefix = self._kept.get(key)
+            if prefix is None:
                 self.misses += 1
-                return None
-            self.hits += 1
-        return _cache_of(layers)
+            else:
+                self.hits += 1
+        return prefix
 
-    def put(self, key: bytes, cache: DynamicCache) -> None:
-        """Keep what a cache holds now. Growing it later makes new tensors, so nothing is copied here."""
-        layers = [_tensors_of(layer) for layer in cache.layers]
+    def put(self, key: bytes, prefix: Prefix) -> None:
+        """Keep a prefix."""
         with self._lock:
-            self._kept.put(key, layers)
+            self._kept.put(key, prefix)
 
 
 def prefix_key(input_ids: Tensor, video_tokens: Tensor) -> bytes:
@@ -67,23 +65,3 @@ def prefix_key(input_ids: Tensor, video_tokens: Tensor) -> bytes:
         digest.update(str(tuple(part.shape)).encode())
         digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
-
-
-def _cache_of(layers: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    filled: list[Any] = []
-    for keys, values in layers:
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        filled.append(layer)
-    cache.layers = filled
-    return cache
-
-
-def _tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
-    return cast(Tensor, layer.keys), cast(Tensor, layer.values)
-
-
-def _n_bytes(layers: list[tuple[Tensor, Tensor]]) -> int:
-    return sum(x.numel() * x.element_size() for pair in layers for x in pair)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import AttentionInterface, MistralConfig
 
-from stormline.models import generation, slots
-from stormline.models.generation import (
-    FIXED_BATCH,
-    AnswerWriter,
-    check_prompt,
-    generate_answers,
-    stream_answer,
-    use_exact_decoding,
-)
+from stormline.models import exact_attention, generation, slots
+from stormline.models.exact_attention import EXACT_ATTENTION, use_exact_decoding
+from stormline.models.generation import FIXED_BATCH, AnswerWriter, check_prompt, generate_answers, stream_answer
 from stormline.models.loading import build_untrained_tiny, load_model
 from stormline.models.prefix_cache import PrefixCache
 from stormline.models.prompts import VideoAnswer, VideoPrompt
@@ -56,10 +51,10 @@ def record_logits(loaded, prompts: Sequence[VideoPrompt], **kwargs: Any) -> list
     first: list[torch.Tensor] = []
     steps: list[torch.Tensor] = []
 
-    def prefill(*args: Any) -> Any:
-        logits, cache = generation_prefill(*args)
-        first.append(logits.clone())
-        return logits, cache
+    def prefill(*args: Any, **kwargs: Any) -> Any:
+        read = generation_prefill(*args, **kwargs)
+        first.append(read.logits.clone())
+        return read
 
     def hook(*args: Any) -> None:
         if len(args[2].logits) == FIXED_BATCH:
@@ -140,6 +135,66 @@ def test_generate_when_the_video_was_read_before_then_the_answer_is_the_same(loa
     assert (prefixes.misses, prefixes.hits) == (2, 4)
     generate_answers(loaded.model, loaded.processor, [prompts[0], make_prompt(3, video=4)], prefixes=prefixes)
     assert (prefixes.misses, prefixes.hits) == (3, 5)
+
+
+@pytest.fixture(scope="module")
+def few_key_heads():
+    """A model whose three query heads share one of keys."""
+    small, processor = build_untrained_tiny()
+    config = small.config.to_dict()
+    config["text_config"] |= {"num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = StormForConditionalGeneration(type(small.config)(**config)).eval()
+    use_exact_decoding(model)
+    return SimpleNamespace(model=model, processor=processor)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("which", ["loaded", "few_key_heads"])
+def test_generate_when_several_ask_about_one_video_then_logits_are_as_if_each_asked_alone(
+    which, n_threads, request, set_threads
+):
+    set_threads(n_threads)
+    model = request.getfixturevalue(which)
+    asked = [(3, 1), (3, 1), (7, 2), (3, 1), (0, 0), (7, 2), (1, 3), (3, 1)]  # chunks, video
+    prompts = [make_prompt(n, v, text="What?" + " x" * i, max_new_tokens=3) for i, (n, v) in enumerate(asked)]
+    prefixes = PrefixCache()
+
+    together = record_logits(model, prompts, prefixes=prefixes)
+
+    assert (prefixes.misses, prefixes.hits) == (3, 4)
+    for prompt, logits in zip(prompts, together, strict=True):
+        assert torch.equal(record_logits(model, [prompt])[0], logits)
+        [first] = record_logits(model, [prompt], fixed_batch=1)[0]  # transformers' own attention and cache
+        assert torch.allclose(first, logits[0], atol=1e-4)
+    texts = [[a.text for a in generate_answers(model.model, model.processor, prompts, fixed_batch=n)] for n in (1, 8)]
+    assert texts[0] == texts[1]
+
+
+def test_writer_when_several_ask_about_one_video_then_it_lies_in_memory_once(loaded):
+    prefixes = PrefixCache()
+    writer = AnswerWriter(loaded.model, loaded.processor, prefixes=prefixes)
+    for text in ("What?", "Where?", "When?"):
+        prompt = make_prompt(30, 1, text=text)
+        writer.begin(writer.make(prompt, check_prompt(loaded.model, loaded.processor, prompt)))
+        writer.step()
+
+    assert len({id(prefix) for prefix in writer._slots._prefixes if prefix is not None}) == 1
+    own_bytes = sum(layer.n_bytes for layer in writer._slots._cache.layers) / FIXED_BATCH
+    assert own_bytes < prefixes.n_bytes / 5
+
+
+def test_generate_when_a_model_puts_other_keys_in_place_then_answers_are_the_same(loaded, monkeypatch):
+    prompts = [make_prompt(3, video=1), make_prompt(2, video=2), make_prompt(3, video=1, text="Which way?")]
+    expected = [answer(loaded, prompt).text for prompt in prompts]
+    attend = exact_attention._attend
+
+    def with_other_keys(module, query, key, *args, **kwargs):
+        return attend(module, query, key.clone(), *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, EXACT_ATTENTION, with_other_keys)
+
+    assert [a.text for a in generate_answers(loaded.model, loaded.processor, prompts)] == expected
 
 
 @pytest.mark.parametrize("kept_bytes", [64 << 20, 0])

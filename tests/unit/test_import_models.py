@@ -105,7 +105,7 @@ def test_imported_when_an_answer_begins_then_its_logits_are_those_of_the_whole_p
     )
 
     with torch.inference_mode():
-        got, _ = _prefill(loaded.model, prompt, PrefixCache())
+        got = _prefill(loaded.model, prompt, PrefixCache()).logits
         whole = loaded.model(input_ids=prompt.input_ids[None], video_tokens=prompt.video_tokens.float()).logits[0, -1]
 
     text = torch.arange(len(whole)) != loaded.model.config.video_token_id
