@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .prompts import ChatTemplateError
 from .selection import VideoChunk
 
 CONFIG_FILE = "processor_config.json"
+KEPT_TEXTS = 256  # prompts whose tokens are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +136,10 @@ class StormProcessor:
         self.frame_tokens, self.content_parts = frame_tokens, content_parts
         self._eos_token_id = next(iter(tokenizer.encode(str(tokenizer.eos_token), add_special_tokens=False)))
         self._end_of_answer_id = self._find_end_of_answer()
+        # Windows of one length have the same times, and the same is asked of each, so texts come again and again. A
+        # template that writes the date has new ones each day.
+        dated = "strftime_now" in str(tokenizer.chat_template)
+        self._encode_turns = self._encode if dated else lru_cache(KEPT_TEXTS)(self._encode)
         self._special_texts = {video_token} | {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
@@ -185,7 +191,7 @@ class StormProcessor:
         )
         content = f"{video}{self.video_suffix}\n{self.split_special(text)}" if video else self.split_special(text)
         turns = [*((role, self.split_special(turn)) for role, turn in history), ("user", content)]
-        ids = np.asarray(self._encode([self._message(role, turn) for role, turn in turns]), dtype=np.int64)
+        ids = np.asarray(self._encode_turns(tuple(turns)), dtype=np.int64)
         is_video, n_places = ids == self.video_token_id, sum(len(sizes) for sizes in frames)
         if is_video.sum() != n_places:
             raise ValueError(
@@ -237,14 +243,15 @@ class StormProcessor:
         is_local = Path(folder).is_dir()
         return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=is_local), **values)
 
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the tokens of a conversation that waits for an answer.
+    def _encode(self, turns: tuple[tuple[str, str], ...]) -> list[int]:
+        """Return the tokens of a conversation, (role, text) by (role, text), that waits for an answer.
 
         Raises:
             ChatTemplateError: Where the model's own chat template refuses it.
         """
         from jinja2 import TemplateError
 
+        messages = [self._message(role, text) for role, text in turns]
         try:
             rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:  # such as two turns of the user in a row

@@ -71,6 +71,9 @@ class RangeIndex:
 class StreamView:
     """What there is of one stream, without its tokens: what the store held when it was looked up, and the files.
 
+    The files are looked at once, however many ask the view, and never before the store has said what it holds: what
+    left the store is in them.
+
     Args:
         stream_id: The stream.
         files: The tokens table.
@@ -81,7 +84,7 @@ class StreamView:
         self.stream_id = stream_id
         self._files = files
         self._held = held
-        self._files_read = False
+        self._reading: asyncio.Future[None] | None = None
 
     async def last_ns(self) -> int | None:
         """Return when the newest chunk ends; None for a stream without tokens."""
@@ -114,9 +117,15 @@ class StreamView:
         return RangeIndex(self.stream_id, both.where(order), (np.arange(len(both)) >= len(old))[order])
 
     async def _read_files(self) -> None:
-        if not self._files_read:
-            await asyncio.to_thread(self._files.refresh)
-            self._files_read = True
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._files.refresh))
+        reading = self._reading
+        try:
+            await asyncio.shield(reading)  # others wait for it, too
+        except Exception:
+            if self._reading is reading:
+                self._reading = None  # the next one tries again
+            raise
 
 
 class TokenSource:
@@ -136,7 +145,7 @@ class TokenSource:
         self._store = store
         self._clock_s = clock_s
         self._ask_store_from_s = 0.0
-        self._held: dict[str, tuple[float, asyncio.Future[HeldStream | None]]] = {}  # when it was asked
+        self._views: dict[str, tuple[float, asyncio.Future[StreamView]]] = {}  # when the store was asked
 
     async def streams(self) -> dict[str, StreamSpan]:
         """Return every stream that has tokens, with its first and last time, sorted by name."""
@@ -158,12 +167,14 @@ class TokenSource:
     async def look_up(self, stream_id: str) -> StreamView:
         """Return what there is of a stream now, as the store said within `HELD_FOR_S`."""
         now_s = self._clock_s()
-        for name in [name for name, (asked_s, _) in self._held.items() if now_s - asked_s >= HELD_FOR_S]:
-            del self._held[name]
-        if stream_id not in self._held:
-            asking = asyncio.ensure_future(self._ask(lambda: self._store.held(stream_id)))
-            self._held[stream_id] = (now_s, asking)
-        return StreamView(stream_id, self._files, await asyncio.shield(self._held[stream_id][1]))
+        for name in [name for name, (asked_s, _) in self._views.items() if now_s - asked_s >= HELD_FOR_S]:
+            del self._views[name]
+        if stream_id not in self._views:
+            self._views[stream_id] = (now_s, asyncio.ensure_future(self._view(stream_id)))
+        return await asyncio.shield(self._views[stream_id][1])
+
+    async def _view(self, stream_id: str) -> StreamView:
+        return StreamView(stream_id, self._files, await self._ask(lambda: self._store.held(stream_id)))
 
     async def read(self, found: RangeIndex, chosen: np.ndarray) -> list[PastChunk]:
         """Return chunks with their tokens, in order of start.

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...models.last_used import LastUsed
 from ...models.prompts import ChatTemplateError, VideoAnswer, VideoPrompt
 from ...models.selection import VideoChunk, select_chunks
-from ..chunk_index import PastChunk, choose_chunks, choose_policy
+from ..chunk_index import choose_chunks, choose_policy
 from ..durations import format_moment
 from ..settings import ServeSettings
 from ..token_source import RangeIndex, TokenSource
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # of an answer of which nothing was heard yet
 RETRY_AFTER_S = 5  # a replica that died is back by about then
+SELECTED_BYTES = 16 << 20  # of tokens as they were given to the model: several ask about the same range
 NAMED_STREAMS = 10  # in the message about an unknown one
 
 
@@ -100,6 +102,7 @@ class Answerer:
         self._limits = limits
         self._retry_wait_s = retry_wait_s
         self._model_name: str | None = None
+        self._selected: LastUsed[tuple[object, ...], list[VideoChunk]] = LastUsed(SELECTED_BYTES, _n_bytes)
 
     async def look(self, request: ChatRequest) -> tuple[VideoPrompt, list[VideoUse]]:
         """Read and select the video tokens.
@@ -117,8 +120,7 @@ class Answerer:
         uses = []
         for f in found:
             policy = choose_policy(request.token_policy, f.index.chunks, budget)
-            read = await self._source.read(f.index, choose_chunks(f.index.chunks, budget, policy))
-            selected = await self._select(request, read, origin_ns, budget, policy)
+            selected = await self._select(request, f.index, origin_ns, budget, policy)
             chunks += selected
             uses.append(_use_of(f, selected, policy))
         return (
@@ -135,14 +137,25 @@ class Answerer:
         )
 
     async def _select(
-        self, request: ChatRequest, read: Sequence[PastChunk], origin_ns: int, budget: int, policy: str
+        self, request: ChatRequest, index: RangeIndex, origin_ns: int, budget: int, policy: str
     ) -> list[VideoChunk]:
+        """Return the tokens of a range that are given to the model; those that were just given to it, at no cost."""
+        chosen = choose_chunks(index.chunks, budget, policy)
+        starts, ends = index.chunks.start_ns[chosen], index.chunks.end_ns[chosen]
+        key = (index.stream_id, origin_ns, budget, policy, starts.tobytes(), ends.tobytes())
+        # What is relevant depends on the question, too.
+        if policy != "relevant" and (known := self._selected.get(key)) is not None:
+            return known
+        read = await self._source.read(index, chosen)
         chunks = [VideoChunk((c.start_ns - origin_ns) / 1e9, (c.end_ns - origin_ns) / 1e9, c.tokens) for c in read]
         try:
             question = await self._embed(request.question) if policy == "relevant" else None
-            return await asyncio.to_thread(select_chunks, chunks, budget, policy, question=question)
+            selected = await asyncio.to_thread(select_chunks, chunks, budget, policy, question=question)
         except ValueError as error:
             raise bad_request(_message_of(error), "messages", "video_not_usable") from None
+        if policy != "relevant" and len(read) == len(chosen):  # all of it was found
+            self._selected.put(key, selected)
+        return selected
 
     async def _embed(self, text: str) -> np.ndarray:
         """Return a text's embedding.
@@ -281,6 +294,10 @@ def _use_of(found: _Found, selected: Sequence[VideoChunk], policy: str) -> Video
         tokens_used=sum(chunk.n_tokens for chunk in selected),
         token_policy=policy,
     )
+
+
+def _n_bytes(chunks: Sequence[VideoChunk]) -> int:
+    return sum(chunk.tokens.nbytes for chunk in chunks)
 
 
 def _message_of(error: ValueError) -> str:

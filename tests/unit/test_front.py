@@ -12,6 +12,7 @@ from stormline.models.prompts import ChatTemplateError, VideoAnswer
 from stormline.operators.errors import SettingsError
 from stormline.operators.rows import Chunk
 from stormline.pipeline.durations import format_moment, parse_duration_s
+from stormline.pipeline.front import answering
 from stormline.pipeline.front import app as app_module
 from stormline.pipeline.front.access import Admission, check_host, hash_key, new_key
 from stormline.pipeline.front.answering import Answerer
@@ -237,6 +238,24 @@ def test_chat_when_about_two_streams_then_the_budget_is_shared_and_both_are_name
     assert [use["stream"] for use in uses] == ["gate", "yard"]
     assert [use["tokens_used"] for use in uses] == [32, 32]
     assert llm.prompts[0].chunks[0].start_s == 100  # on the clock of the earlier range
+
+
+def test_chat_when_the_same_range_is_asked_about_again_then_its_tokens_are_selected_once(tmp_path, monkeypatch):
+    llm, selected = EchoLlm(), []
+    select = answering.select_chunks
+    monkeypatch.setattr(
+        answering, "select_chunks", lambda *args, **more: selected.append(args[2]) or select(*args, **more)
+    )
+    client = make_client(tmp_path, llm)
+    url, shorter = "stream://gate?last=2m", "stream://gate?last=100s"
+
+    for text, where, policy in [("a", url, "auto"), ("b", url, "auto"), ("c", shorter, "auto"), ("d", url, "uniform"),
+                                ("e", url, "relevant"), ("f", url, "relevant")]:  # fmt: skip
+        assert post(client, ask(text, where, token_policy=policy)).status_code == 200
+
+    assert selected == ["changes", "changes", "uniform", "relevant", "relevant"]
+    a, b, c = ([(k.start_s, k.tokens.tolist()) for k in prompt.chunks] for prompt in llm.prompts[:3])
+    assert a == b != c
 
 
 def test_chat_when_it_goes_on_then_the_video_of_an_earlier_turn_is_seen_and_the_turns_are_history(tmp_path):

@@ -178,3 +178,22 @@ def test_end_of_answer_when_the_template_has_its_own_then_that(tokenizer, behind
 
     assert own.convert_ids_to_tokens([ended.end_of_answer_id]) == [expected]
     assert own.convert_ids_to_tokens([ended.eos_token_id]) == ["<|end|>"]
+
+
+@pytest.mark.parametrize(("date", "n_written"), [("", 1), ("{{ strftime_now('%d %b %Y') }}", 2)])
+def test_prompt_when_its_text_comes_again_then_it_is_tokenised_once_unless_it_has_the_date(
+    tokenizer, monkeypatch, date, n_written
+):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = date + str(tokenizer.chat_template)
+    processor = StormProcessor(own, image_size=64)
+    written = []
+    monkeypatch.setattr(own, "apply_chat_template", lambda *args, **more: written.append(args) or write(*args, **more))
+    write = type(own).apply_chat_template.__get__(own)
+    chunk = VideoChunk(0.0, 2.0, np.ones((2, 3), np.float16))
+
+    first, again = (processor.build_prompt("What?", [chunk]) for _ in range(2))
+    other = processor.build_prompt("Where?", [chunk])
+
+    assert first.input_ids.tolist() == again.input_ids.tolist() != other.input_ids.tolist()
+    assert len(written) == n_written + 1

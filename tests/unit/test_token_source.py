@@ -5,6 +5,7 @@ import errno
 import os
 import threading
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from stormline.pipeline.chunk_index import CANDIDATE_CHUNKS, POOLED_CHUNKS, Chun
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.recovery import recover
 from stormline.pipeline.token_files import TokenFiles
-from stormline.pipeline.token_source import STORE_PAUSE_S, TokenSource
+from stormline.pipeline.token_source import HELD_FOR_S, STORE_PAUSE_S, TokenSource
 from stormline.pipeline.token_store import TokenMemory
 
 S_NS = 10**9
@@ -93,6 +94,18 @@ class UnreadFiles(TokenFiles):
         raise AssertionError("the disk was touched")
 
 
+class FailsFirst(TokenFiles):
+    """Counts how often it looks at the disk, the first time in vain."""
+
+    n_refreshed = 0
+
+    def refresh(self):
+        self.n_refreshed += 1
+        if self.n_refreshed == 1:
+            raise OSError("too many open files")
+        super().refresh()
+
+
 class AskedWhileReading(TokenFiles):
     """Is asked what it has in the midst of each reading of new files."""
 
@@ -156,7 +169,7 @@ def test_files_when_read_then_the_range_of_that_stream_in_order(tmp_path):
 
 def test_files_when_a_lane_goes_on_writing_then_what_it_commits_is_found(tmp_path):
     folder, files = Folder(tmp_path), TokenFiles(tmp_path)
-    source = TokenSource(files, MemoryStore())
+    source = TokenSource(files, MemoryStore(), clock_s=count().__next__)
     assert read_all(source) == []
 
     folder.commit(make_chunk(0))
@@ -165,6 +178,25 @@ def test_files_when_a_lane_goes_on_writing_then_what_it_commits_is_found(tmp_pat
 
     assert (first, read_all(source)) == ([0], [0, 1, 2])
     assert asyncio.run(source.streams())["gate"].n_chunks == 3
+
+
+def test_files_when_several_ask_at_the_same_moment_then_they_are_looked_at_once(tmp_path):
+    now_s = 0.0
+    Folder(tmp_path).commit(make_chunk(0))
+    files = FailsFirst(tmp_path)
+    source = TokenSource(files, MemoryStore(), clock_s=lambda: now_s)
+    with pytest.raises(OSError, match="too many"):
+        read_all(source)
+
+    async def ask_together():
+        views = await asyncio.gather(*(source.look_up("gate") for _ in range(8)))
+        return await asyncio.gather(*(view.last_ns() for view in views))
+
+    assert set(asyncio.run(ask_together())) == {make_chunk(0).end_ns // 1000 * 1000}
+    assert files.n_refreshed == 2
+    now_s = HELD_FOR_S
+    read_all(source)
+    assert files.n_refreshed == 3
 
 
 def test_files_when_asked_while_they_are_read_then_answered_at_once_from_what_was_there(tmp_path):
@@ -214,7 +246,7 @@ def test_choice_when_the_range_moves_on_then_most_of_it_stays():
 def test_files_when_an_epoch_is_not_committed_then_its_rows_do_not_count(tmp_path):
     folder = Folder(tmp_path)
     folder.commit(make_chunk(0))
-    source = TokenSource(TokenFiles(tmp_path), MemoryStore())
+    source = TokenSource(TokenFiles(tmp_path), MemoryStore(), clock_s=count().__next__)
     folder.abandon(make_chunk(1))
     before = read_all(source)
 
