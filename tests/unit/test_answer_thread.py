@@ -12,6 +12,7 @@ import torch
 from stormline.models.generation import AnswerWriter, check_prompt, generate_answers
 from stormline.models.loading import build_untrained_tiny
 from stormline.models.prompts import VideoPrompt
+from stormline.pipeline import answer_thread
 from stormline.pipeline.answer_thread import AnswerThread
 
 LIMIT_S = 60
@@ -131,3 +132,37 @@ def test_answer_when_its_own_prompt_fails_then_the_others_go_on(tiny, threads):
 
     assert first == last == alone(tiny, good)
     assert isinstance(failed, IndexError)
+
+
+@pytest.mark.parametrize(("stall_s", "expected"), [(0.0, "bsbsbs"), (LIMIT_S, "bbbs")])
+def test_questions_when_reading_them_takes_long_then_what_is_written_goes_on_in_between(
+    tiny, threads, monkeypatch, stall_s, expected
+):
+    monkeypatch.setattr(answer_thread, "STALL_S", stall_s)
+    done, begun, all_there = [], threading.Event(), threading.Event()
+
+    class Told(AnswerWriter):
+        def begin(self, answer):
+            done.append("b")
+            super().begin(answer)
+
+        def step(self):
+            if self.busy:
+                done.append("s")
+                begun.set()
+                assert all_there.wait(LIMIT_S)
+            return super().step()
+
+    thread = threads(lambda: Told(*tiny, fixed_batch=4))
+
+    async def one_then_three():
+        first = asyncio.ensure_future(ask(tiny, thread, prompt("What?", n=30)))
+        await asyncio.to_thread(begun.wait, LIMIT_S)
+        more = [asyncio.ensure_future(ask(tiny, thread, prompt(f"Which {i}?", n=30))) for i in range(3)]
+        await asyncio.sleep(0)  # all three have asked
+        all_there.set()
+        return await asyncio.gather(first, *more)
+
+    run(one_then_three())
+
+    assert "".join(done)[: 2 + len(expected)] == "bs" + expected
