@@ -116,7 +116,7 @@ class StepBefore:
 
     def scratch(self, own: Tensor) -> _Scratch:
         """Return room for the scores of all layers, one after the other; `own` are those of the rows' own keys."""
-        if self._scratch is None:
+        if self._scratch is None or self._scratch.own_scores.shape != own.shape:  # a model's layers may differ
             self._scratch = _Scratch(self, own)
         return self._scratch
 
@@ -176,8 +176,8 @@ def _attend(
     if query.shape[2] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query = _scaled(query, scaling)
-    n_rows, n_heads, _, d = query.shape
-    b, n_kv_heads, width, _ = key.shape
+    n_rows, n_heads = query.shape[:2]
+    b, n_kv_heads, width, d = key.shape
     query = query.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, d)
     scores = query[:b] @ key.transpose(-1, -2)
     if before is not None:
@@ -186,7 +186,7 @@ def _attend(
         if attention_mask is not None:
             scores.masked_fill_(~attention_mask[:b, :, :, :width], -torch.inf)
         out = _softmax(scores, value) @ value
-    out = out.reshape(b, 1, n_heads, d)
+    out = out.reshape(b, 1, n_heads, -1)
     return F.pad(out, (0, 0, 0, 0, 0, 0, 0, n_rows - b)), None
 
 
@@ -201,7 +201,7 @@ def _attend_rest(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor
     own = own.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu_(1), -torch.inf).view(n_kv_heads, -1, n)
     weights = _softmax(torch.cat([query @ keys, own], -1), value)
     out = weights[..., :n_prefix] @ values + weights[..., n_prefix:] @ value[0]
-    return out.view(1, n_heads, n, d).transpose(1, 2)
+    return out.view(1, n_heads, n, -1).transpose(1, 2)
 
 
 def _attend_behind(query: Tensor, own: Tensor, value: Tensor, before: StepBefore, layer: int) -> Tensor:
