@@ -73,12 +73,13 @@ class PromptRest:
     """A cache for what follows a prefix in one prompt: its layers hold only that, and its attention sees both."""
 
     def __init__(self, prefix: Prefix):
-        self.cache = _cache_of([_RestLayer(layer) for layer in prefix.layers])
+        self._layers = [_RestLayer(layer) for layer in prefix.layers]
+        self.cache = _cache_of(self._layers)
 
     @property
     def seen(self) -> bool:
         """Tell whether every layer's attention looked at the prefix: some models put other keys in their place."""
-        return all(layer.seen for layer in self.cache.layers if isinstance(layer, _RestLayer))
+        return all(layer.seen for layer in self._layers)
 
 
 class _RestLayer(DynamicLayer):
@@ -95,17 +96,11 @@ class _RestLayer(DynamicLayer):
 
 
 class StepBefore:
-    """What the rows of one step look at before their own keys, in all layers.
+    """What the rows of one step look at before their own keys, in all layers; at least one of them has a prefix."""
 
-    Args:
-        prefixes: Of each row, or None.
-        hidden: (b, 1, 1, width) bool, True where a row must not look among its own keys.
-    """
-
-    def __init__(self, prefixes: Sequence[Prefix | None], hidden: Tensor):
-        self.hidden = hidden
+    def __init__(self, prefixes: Sequence[Prefix | None]):
         self.rows = [(row, prefix) for row, prefix in enumerate(prefixes) if prefix is not None]
-        longest = max((prefix.n_tokens for _, prefix in self.rows), default=0)
+        longest = max(prefix.n_tokens for _, prefix in self.rows)
         self.width = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
         self._scratch: _Scratch | None = None
 
@@ -180,12 +175,9 @@ def _attend(
     b, n_kv_heads, width, d = key.shape
     query = query.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, d)
     scores = query[:b] @ key.transpose(-1, -2)
-    if before is not None:
-        out = _attend_behind(query, scores, value, *before)
-    else:
-        if attention_mask is not None:
-            scores.masked_fill_(~attention_mask[:b, :, :, :width], -torch.inf)
-        out = _softmax(scores, value) @ value
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask[:b, :, :, :width], -torch.inf)
+    out = _softmax(scores, value) @ value if before is None else _attend_behind(query, scores, value, *before)
     out = out.reshape(b, 1, n_heads, -1)
     return F.pad(out, (0, 0, 0, 0, 0, 0, 0, n_rows - b)), None
 
@@ -214,9 +206,6 @@ def _attend_behind(query: Tensor, own: Tensor, value: Tensor, before: StepBefore
         before: What the rows look at besides.
         layer: In this layer.
     """
-    own.masked_fill_(before.hidden, -torch.inf)
-    if not before.rows:
-        return _softmax(own, value) @ value
     scratch = before.scratch(own)
     scratch.own_scores.copy_(own)
     queries = query.unbind()
@@ -244,9 +233,9 @@ def _holding(layer: DynamicLayer, keys: Tensor, values: Tensor) -> DynamicLayer:
     return layer
 
 
-def _cache_of(layers: list[Any]) -> DynamicCache:
+def _cache_of(layers: Sequence[Any]) -> DynamicCache:
     cache = DynamicCache()
-    cache.layers = layers
+    cache.layers = [*layers]
     return cache
 
 

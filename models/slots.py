@@ -87,15 +87,12 @@ class Slots:
         """Take each row's newest token (any number for a free row) and return the logits (n_rows, vocab) after it."""
         places, device = self._places, self._model.device
         last_used = max(row for row, used in enumerate(self._used) if used)
-        places.begin_step(last_used + 1 if self._exact else self.n_rows)
+        places.begin_step(last_used + 1 if self._exact else self.n_rows, self._prefixes)
         more: dict[str, Any] = {}
         if self.n_rows > 1:
             visible = torch.arange(places.width, device=device) <= places.lengths[:, None]
-            if self._exact:  # as attention takes it, so that nothing has to be made of it
-                more["attention_mask"] = visible[:, None, None]
-                places.before = StepBefore(self._prefixes, ~more["attention_mask"][: places.n_seen])
-            else:
-                more["attention_mask"] = visible.long()
+            # To exact attention as it takes it, so that nothing has to be made of it.
+            more["attention_mask"] = visible[:, None, None] if self._exact else visible.long()
         out = self._model.language_model(
             input_ids=torch.tensor(last, device=device)[:, None],
             position_ids=(places.n_before + places.lengths)[:, None],
@@ -116,13 +113,14 @@ class _Places:
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.width = 0  # columns that this step looks at
         self.n_seen = 0  # rows that it looks at
-        self.before: StepBefore | None = None  # of this step; where attention is exact
+        self.before: StepBefore | None = None  # what this step looks at besides
 
     def begin_row(self, row: int, n_before: int, n_own: int) -> None:
         self.n_before[row], self.lengths[row] = n_before, n_own
 
-    def begin_step(self, n_seen: int) -> None:
+    def begin_step(self, n_seen: int, prefixes: Sequence[Prefix | None]) -> None:
         self.n_seen = n_seen
+        self.before = StepBefore(prefixes) if any(prefixes) else None
         longest = int(self.lengths.max()) + 1
         self.width = -(-longest // ALIGN_TOKENS) * ALIGN_TOKENS
 

@@ -142,18 +142,18 @@ class Answerer:
         """Return the tokens of a range that are given to the model; those that were just given to it, at no cost."""
         chosen = choose_chunks(index.chunks, budget, policy)
         starts, ends = index.chunks.start_ns[chosen], index.chunks.end_ns[chosen]
-        key = (index.stream_id, origin_ns, budget, policy, starts.tobytes(), ends.tobytes())
-        # What is relevant depends on the question, too.
-        if policy != "relevant" and (known := self._selected.get(key)) is not None:
+        asked = request.question if policy == "relevant" else ""
+        key = (index.stream_id, origin_ns, budget, policy, asked, starts.tobytes(), ends.tobytes())
+        if (known := self._selected.get(key)) is not None:
             return known
         read = await self._source.read(index, chosen)
         chunks = [VideoChunk((c.start_ns - origin_ns) / 1e9, (c.end_ns - origin_ns) / 1e9, c.tokens) for c in read]
         try:
-            question = await self._embed(request.question) if policy == "relevant" else None
+            question = await self._embed(asked) if policy == "relevant" else None
             selected = await asyncio.to_thread(select_chunks, chunks, budget, policy, question=question)
         except ValueError as error:
             raise bad_request(_message_of(error), "messages", "video_not_usable") from None
-        if policy != "relevant" and len(read) == len(chosen):  # all of it was found
+        if len(read) == len(chosen):  # all of it was found
             self._selected.put(key, selected)
         return selected
 
