@@ -19,13 +19,7 @@ from .stop_signals import keep_signal_handlers
 # What Ray prints though all is well: Serve's controller ends itself amid its own calls, and parts that need a tenth
 # of a CPU are more than it expects on a small machine.
 RAY_CHATTER = r"Task ServeController\.\w+ failed|PYTHON worker processes have been started"
-# Serve kills its HTTP proxy where it is not up within five seconds, which a busy machine needs for its imports. The
-# others spare an answer Ray's object store between proxy and front, and in each replica another thread.
-SERVE_ENVIRONMENT = {
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-}
+SERVE_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # another thread costs an answer time
 BASE_CPUS = 2  # logical CPUs for the services and whatever Ray runs beside the lanes
 # Without two processes that an embedded Ray has no use for: one starts machines, the other prints what workers log.
 # And with whatever port is free for what it does need: at its usual one the agent of a Ray that was killed listens for

@@ -80,7 +80,6 @@ RAY_MODULES = (
     "ray.data._internal.execution.streaming_executor",
     "ray.serve._private.controller",
     "ray.serve._private.replica",
-    "ray.serve._private.proxy",
     f"{PACKAGE}.pipeline.front.deployment",
     f"{PACKAGE}.pipeline.lane",
     f"{PACKAGE}.pipeline.offset_reporter",

@@ -20,7 +20,7 @@ from ..operators.errors import PromptError, ServiceError
 from ..operators.rows import LaneNews, Picture
 from .chunk_index import PastChunk
 from .front.address import check_port
-from .settings import ModelSettings, ServeSettings, Settings
+from .settings import ModelSettings, Settings
 from .video_llm import ModelDescription, describe
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ ATTEMPTS = 4  # of one answer; a replica that died is back within the waits betw
 DESCRIBE_TIMEOUT_S = 30.0
 # How soon a replica that died is missed, and another started; Serve's ten seconds are a third of the time it may take.
 MISSED_AFTER_S = 1.0
+HEAD_NODE = "node:__internal_head__"  # a resource that Ray gives its first node
 RETRY_WAIT_S = 2.0  # doubles from attempt to attempt: 2, 4, 8
 CONNECT_WITHIN_S = 60.0  # of a lane that starts beside the services: they need seconds
 _CONNECT_EVERY_S = 0.05
@@ -118,7 +119,7 @@ def _deploy(settings: Settings) -> None:
     from .token_store import TokenStore
     from .video_llm import VideoLLM
 
-    _start_serve(settings.serve)
+    _start_serve()
     llm = VideoLLM.options(  # type: ignore[attr-defined]
         num_replicas=settings.llm.replicas,
         ray_actor_options={"num_cpus": 0.5, "num_gpus": settings.llm.num_gpus},
@@ -130,7 +131,7 @@ def _deploy(settings: Settings) -> None:
         serve.RunTarget(store.bind(settings.store.max_bytes), name=STORE_APP, route_prefix=None),
     ]
     if settings.serve.enabled:
-        targets.append(serve.RunTarget(_bind_front(settings), name=FRONT_APP, route_prefix="/"))
+        targets.append(serve.RunTarget(_bind_front(settings), name=FRONT_APP, route_prefix=None))
     serve.run_many(targets)
 
 
@@ -139,20 +140,17 @@ def _bind_front(settings: Settings) -> serve.Application:
     from .front.queries import QueryRules
 
     # Absolute: a replica's working folder is its own.
-    front = Front.options(ray_actor_options={"num_cpus": 0.1}, health_check_period_s=MISSED_AFTER_S)  # type: ignore[attr-defined]
+    where = {"num_cpus": 0, "resources": {HEAD_NODE: 0.001}}  # where clients look for it; it may have no CPU to give
+    front = Front.options(ray_actor_options=where, health_check_period_s=MISSED_AFTER_S)  # type: ignore[attr-defined]
     rules = QueryRules(settings.delivery.allow_private, tuple(settings.kafka.topics))
     return front.bind(settings.serve, settings.output.path.resolve(), rules)
 
 
-def _start_serve(http: ServeSettings) -> None:
-    # No access log: what is asked about, and when, is nobody else's business.
+def _start_serve() -> None:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    where: dict[str, Any] = {"proxy_location": "Disabled"}
-    if http.enabled:
-        where = {"proxy_location": "HeadOnly", "http_options": {"host": http.host, "port": http.port}}
     logging.disable(logging.INFO)  # as it starts, Serve sets its logger's level here to INFO and tells each step
     try:
-        serve.start(**where, logging_config=quiet)
+        serve.start(proxy_location="Disabled", logging_config=quiet)  # the front listens itself
     finally:
         logging.disable(logging.NOTSET)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -287,7 +285,7 @@ class StoreClient(_Store):
 
 
 class LlmReader(_Llm):
-    """Ask the LLM deployment for people who wait: one attempt."""
+    """Ask the LLM deployment for people who wait: one attempt, and who stops waiting stops what is written for them."""
 
     _DIRECT = True
 

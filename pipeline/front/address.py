@@ -20,6 +20,23 @@ def base_url(serve: ServeSettings) -> str:
     return f"http://{host}:{serve.port}/v1"
 
 
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound there.
+
+    Raises:
+        OSError: If the port is taken, or the address is not this machine's.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    opened = socket.socket(family, kind, protocol)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
 def check_port(serve: ServeSettings) -> None:
     """See that the service can listen there; what this command itself has left there, as its Ray died, is waited for.
 
@@ -39,10 +56,7 @@ def check_port(serve: ServeSettings) -> None:
 def _refusal(serve: ServeSettings) -> OSError | None:
     """Return why the service cannot listen there; nothing if it can."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        open_socket(serve.host, serve.port).close()
     except OSError as error:
         return error
     return None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...models.prompts import VideoAnswer
@@ -34,7 +36,9 @@ from .queries import QueryRules, query_routes
 from .streams import stream_routes
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
+SEND_TIMEOUT_S = 60.0  # of what a client does not take; it may be gone without a word
 MODEL_ALIAS = "stormline"  # whatever model is there, so that a client need not know its name
 
 
@@ -81,9 +85,10 @@ def build_app(backend: Backend) -> FastAPI:
         model = await _check_model(asked.model, backend)
         completion = _Completion(backend.answerer, admission, asked, model)
         if not asked.stream:
-            return JSONResponse(await completion.whole())
+            return JSONResponse(await _unless_left(request, completion.whole()))
         events = completion.events()
-        first = await anext(events)  # what is wrong before the first word is an error with a status of its own
+        # What is wrong before the first word is an error with a status of its own.
+        first = await _unless_left(request, anext(events))
         return StreamingResponse(prepend(first, events), media_type="text/event-stream", headers=NO_BUFFER)
 
     app.include_router(stream_routes(backend.source, backend.out))
@@ -98,6 +103,23 @@ def build_app(backend: Backend) -> FastAPI:
     app.openapi = describe_with(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=backend.limits)
     return app
+
+
+async def _unless_left(request: Request, work: Awaitable[T]) -> T:
+    """Return what the work gives; where the client leaves first, the work ends.
+
+    Raises:
+        ClientDisconnect: If it leaves.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())  # the body was read
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 class Guard:
@@ -122,13 +144,16 @@ class Guard:
         async def send_on(message: Message) -> None:
             nonlocal begun
             begun = True
-            await send(message)
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await send(message)
 
         try:
             self._check(Request(scope))
             await self._app(scope, self._counted(receive), send_on)
         except ApiError as error:
             await _error_response(error)(scope, receive, send)
+        except ClientDisconnect:
+            pass  # nobody is there to be told anything
         except Exception as error:  # noqa: BLE001 (the edge of the service)
             logger.error("request_failed path=%s error=%s", scope["path"], type(error).__name__)
             if begun:

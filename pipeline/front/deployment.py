@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 
@@ -14,31 +13,38 @@ from ..token_files import TokenFiles
 from ..token_source import TokenSource
 from .answering import Answerer
 from .app import Backend, build_app
+from .http_server import HttpServer
 from .queries import QueryRules
 
-# More than the service's own limits let in: those answer 429 themselves, where Serve would say 503 and no more.
-MAX_REQUESTS = 4096
 CLOSE_S = 2.0  # for answers under way when the service stops; event connections would otherwise hold it for 20 s
 
 
-@serve.deployment(name="Front", max_ongoing_requests=MAX_REQUESTS, graceful_shutdown_timeout_s=CLOSE_S)
-@serve.ingress()
+# Serve waits a little longer than the server does, and then kills.
+@serve.deployment(name="Front", graceful_shutdown_timeout_s=CLOSE_S + 1)
 class Front:
-    """`build_app` behind Serve's proxy; one replica, because what it lets in at once is counted in it.
+    """`build_app` behind an HTTP server of its own; one replica, because what it lets in at once is counted in it.
+
+    Serve keeps it up as it does the other deployments, but its requests do not come through Serve's proxy: so a
+    question costs a third of the CPU, one process less runs, and whoever reads slowly holds back what is written.
 
     Args:
-        limits: Keys and limits.
+        settings: Address, keys and limits.
         out: The output folder.
         rules: What a query over the API may not do.
     """
 
-    def __init__(self, limits: ServeSettings, out: Path, rules: QueryRules):
+    async def __init__(self, settings: ServeSettings, out: Path, rules: QueryRules):
         files = TokenFiles(out)
         source = TokenSource(files, StoreReader())
-        self._backend = Backend(Answerer(source, LlmReader(), limits), source, out, limits, rules)
+        backend = Backend(Answerer(source, LlmReader(), settings), source, out, settings, rules)
         # What is on disk takes a moment for each thousand files; the first question should not wait for it.
         threading.Thread(target=files.refresh, name="read-token-files", daemon=True).start()
+        self._server = await HttpServer.start(build_app(backend), settings.host, settings.port, close_s=CLOSE_S)
 
-    def __serve_build_asgi_app__(self) -> Any:
-        """Return the application; Serve calls this once, after the constructor."""
-        return build_app(self._backend)
+    async def check_health(self) -> None:
+        """Tell Serve by an error that this replica answers no more."""
+        self._server.check()
+
+    async def __del__(self) -> None:
+        """End the server; Serve calls this once, as it takes the replica down."""
+        await self._server.stop()

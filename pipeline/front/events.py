@@ -25,11 +25,6 @@ KEEP_ALIVE_S = 15.0  # proxies on the way give up a connection that is silent fo
 RETRY_MS = 1000  # after which a browser connects again
 RETRY_AFTER_S = 10
 MAX_PATTERNS = 64
-# What a listener does not read waits in Serve's proxy, which tells nobody (it has no backpressure to a replica). So
-# a connection ends after so much, and a listener that reads comes again from its last event on: nothing is missed,
-# and one that does not read holds no more than this.
-MAX_CONNECTION_BYTES = 1 << 20
-MAX_CONNECTION_S = 600.0
 NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -54,7 +49,6 @@ class EventSource:
         feed: The results.
         max_listeners: At once.
         keep_alive_s: After so long without an event there is a comment, and the place so far.
-        max_bytes: Of one connection, see `MAX_CONNECTION_BYTES`.
         hidden: Gives the ids of queries whose results nobody is told of here.
         clock_s: Any clock that only goes forward.
     """
@@ -65,14 +59,12 @@ class EventSource:
         max_listeners: int,
         *,
         keep_alive_s: float = KEEP_ALIVE_S,
-        max_bytes: int = MAX_CONNECTION_BYTES,
         hidden: Callable[[], Collection[str]] = tuple,
         clock_s: Callable[[], float] = time.monotonic,
     ):
         self._feed = feed
         self._max_listeners = max_listeners
         self._keep_alive_s = keep_alive_s
-        self._max_bytes = max_bytes
         self._hidden = hidden
         self._clock_s = clock_s
         self._n_listeners = 0
@@ -93,14 +85,9 @@ class EventSource:
         self._n_listeners += 1
         try:
             yield f"retry: {RETRY_MS}\nid: {after}\n\n"
-            n_bytes, began_s = 0, self._clock_s()
             async with aclosing(self._pieces(after, wanted)) as pieces:
                 async for piece in pieces:
                     yield piece
-                    n_bytes += len(piece.encode())
-                    if n_bytes >= self._max_bytes or self._clock_s() - began_s >= MAX_CONNECTION_S:
-                        yield ": connect again with the last id for what comes next\n\n"
-                        return
         finally:
             self._n_listeners -= 1
 
@@ -131,8 +118,8 @@ def event_routes(source: EventSource, root: Path) -> APIRouter:
         response_class=StreamingResponse,
         responses={
             200: {
-                "description": "Events named by kind, the row as JSON, and an id to go on from. Ends now and then, for "
-                "the listener to connect again.",
+                "description": "Events named by kind, the row as JSON, and an id to go on from, should the connection "
+                "break.",
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},
             },
             **error_answers(400, 429),

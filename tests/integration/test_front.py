@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from urllib.parse import urlsplit
 
 import numpy as np
 import openai
@@ -20,7 +23,7 @@ from stormline.pipeline.front.address import check_port
 from stormline.pipeline.parquet_sink import EpochWriter
 from stormline.pipeline.ray_watch import SHORT_LIVES
 from stormline.pipeline.recovery import recover
-from stormline.pipeline.serving import STORE_APP, StoreClient, describe_model
+from stormline.pipeline.serving import LLM_APP, STORE_APP, StoreClient, describe_model
 from stormline.pipeline.settings import ServeSettings
 
 S_NS = 10**9
@@ -187,6 +190,38 @@ def test_streams_and_captions_when_listed_then_times_and_committed_rows(client, 
     assert (mine["first_time"], mine["chunks"]) == ("2026-01-31T12:00:00.000Z", N_COMMITTED)
     assert [row["answer"] for row in captions["data"]] == ["caption 2", "caption 3"]
     assert captions["has_more"] is True
+
+
+@pytest.mark.parametrize("stream_answer", [True, False])
+def test_answer_when_who_asked_leaves_then_it_is_not_written_to_its_end(client, services, stream, stream_answer):
+    from ray import serve
+
+    llm = serve.get_deployment_handle("VideoLLM", LLM_APP)
+    url = "stream://front%20gate?last=60s"
+    drawn = [{"temperature": 2.0, "seed": seed, "max_tokens": 256} for seed in range(40)]
+    n_words, asked = max(
+        ((ask(client, url, **each).usage.completion_tokens, each) for each in drawn), key=itemgetter(0)
+    )
+    before = llm.stats.remote().result(timeout_s=30)
+
+    with socket.create_connection((urlsplit(services.url).hostname, urlsplit(services.url).port)) as connection:
+        connection.sendall(raw_request(url, services.key, stream=stream_answer, **asked))
+        while llm.stats.remote().result(timeout_s=30)["prefixes_found"] == before["prefixes_found"]:
+            pass  # not begun yet
+    n_after = ask(client, url).usage.completion_tokens
+    time.sleep(0.5)  # in which the other would have been written to its end
+
+    after = llm.stats.remote().result(timeout_s=30)
+    assert n_words > 20
+    assert after["answered"] == before["answered"] + 1
+    assert after["generated_tokens"] == before["generated_tokens"] + n_after
+
+
+def raw_request(url, key, **more):
+    content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "Describe what happens."}]
+    body = json.dumps({"messages": [{"role": "user", "content": content}], **more}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 @pytest.mark.parametrize("began_again", [True, False])

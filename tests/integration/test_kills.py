@@ -23,7 +23,7 @@ ASKERS = 3
 WHOLE_WITHIN_S = 30.0  # beyond what as many answers took before: on a busy machine everything takes longer
 LONGEST_ANSWER_S = 60.0  # of one request, whatever happens; without an end a request hangs
 START_LIMIT_S = 150.0
-CLEAR = {200, 404, 429, 500, 503, "RemoteDisconnected", "ConnectionResetError"}
+CLEAR = {200, 404, 429, 500, 503, "RemoteDisconnected", "ConnectionResetError", "ConnectionRefusedError"}
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -68,6 +68,8 @@ class Load:
                 return response.status if json.load(response)["choices"] else "no choices"
         except urllib.error.HTTPError as error:
             return error.code
+        except urllib.error.URLError as error:
+            return type(error.reason).__name__
         except (OSError, ValueError) as error:
             return type(error).__name__
 

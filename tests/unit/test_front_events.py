@@ -111,41 +111,6 @@ def test_events_when_a_query_asks_for_none_then_nobody_is_told_of_its_results(tm
     assert len(parse(asyncio.run(follow()))) == 1
 
 
-def test_events_when_a_connection_has_carried_enough_then_it_ends_and_the_next_goes_on(tmp_path):
-    lanes = Lanes(tmp_path)
-    lanes.commit(50)
-    source = EventSource(ResultFeed(tmp_path, poll_s=0), 1, max_bytes=2000)
-
-    async def follow():
-        place, seen, n_connections = Cursor(), [], 0
-        while len(seen) < 50:
-            n_connections += 1
-            async for piece in source.lines(place, EventFilter()):
-                for place_text, _, row in parse([piece]):
-                    seen.append(row["answer"])
-                    place = Cursor.parse(place_text)
-                if len(seen) == 50:
-                    break
-        return seen, n_connections
-
-    seen, n_connections = asyncio.run(follow())
-    assert seen == [str(n) for n in range(50)]
-    assert n_connections > 3
-
-
-def test_events_when_a_connection_is_old_then_it_ends(tmp_path):
-    clock = Clock()
-    source = EventSource(ResultFeed(tmp_path, poll_s=0), 1, keep_alive_s=0, clock_s=clock)
-
-    async def follow():
-        lines = source.lines(Cursor(), EventFilter())
-        await take(lines, 2)
-        clock.now_s = 10_000
-        return [piece async for piece in lines]
-
-    assert asyncio.run(follow())[-1].startswith(": connect again")
-
-
 def test_events_when_too_many_listen_then_429_until_one_leaves(tmp_path):
     source = EventSource(ResultFeed(tmp_path, poll_s=0), 1)
 
