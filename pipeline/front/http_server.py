@@ -14,7 +14,7 @@ from .address import open_socket
 
 POLL_S = 0.05
 FREE_WITHIN_S = 10.0  # what listened there before: this deployment's own process, which has died
-KEEP_ALIVE_S = 90.0  # a connection that asks nothing; clients keep theirs for a minute or so
+KEEP_ALIVE_S = 90  # a connection that asks nothing; clients keep theirs for a minute or so
 BACKLOG = 2048
 
 
@@ -46,7 +46,9 @@ class HttpServer:
             log_config=None,
             log_level="critical",  # errors are logged by the application, without anybody's text
             server_header=False,
-            timeout_keep_alive=int(KEEP_ALIVE_S),
+            proxy_headers=False,  # where a request comes from decides nothing
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, int(close_s)),
             backlog=BACKLOG,
         )
