@@ -123,7 +123,7 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
 
 
 class Guard:
-    """Stands before everything: keys, hosts, the size of bodies, and that no error's text gets into a log.
+    """Stands before everything: keys, hosts, the size of bodies, clients that take nothing, no error's text in a log.
 
     Args:
         app: The application behind it.

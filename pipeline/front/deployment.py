@@ -24,8 +24,8 @@ CLOSE_S = 2.0  # for answers under way when the service stops; event connections
 class Front:
     """`build_app` behind an HTTP server of its own; one replica, because what it lets in at once is counted in it.
 
-    Serve keeps it up as it does the other deployments, but its requests do not come through Serve's proxy: so a
-    question costs a third of the CPU, one process less runs, and whoever reads slowly holds back what is written.
+    Serve keeps it up as it does the other deployments, but its requests do not come through Serve's proxy: so they cost
+    a third of the CPU between client and model, one process less runs, and who reads slowly holds back who writes.
 
     Args:
         settings: Address, keys and limits.
