@@ -20,12 +20,23 @@ def base_url(serve: ServeSettings) -> str:
     return f"http://{host}:{serve.port}/v1"
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound there.
+def open_socket(host: str, port: int, within_s: float = 0.0) -> socket.socket:
+    """Return a socket that is bound there; a port that is taken is waited for.
 
     Raises:
-        OSError: If the port is taken, or the address is not this machine's.
+        OSError: If the port stays taken for so long, or the address is not this machine's.
     """
+    until_s = time.monotonic() + within_s
+    while True:
+        try:
+            return _open_socket(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= until_s:
+                raise
+        time.sleep(POLL_S)
+
+
+def _open_socket(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     opened = socket.socket(family, kind, protocol)
     try:
@@ -43,20 +54,10 @@ def check_port(serve: ServeSettings) -> None:
     Raises:
         SettingsError: If the port is taken, or the address is not this machine's.
     """
-    until_s = time.monotonic() + (FREE_WITHIN_S if has_begun_again() else 0.0)
-    while (error := _refusal(serve)) and error.errno == errno.EADDRINUSE and time.monotonic() < until_s:
-        time.sleep(POLL_S)
-    if error:
+    try:
+        open_socket(serve.host, serve.port, FREE_WITHIN_S if has_begun_again() else 0.0).close()
+    except OSError as error:
         raise SettingsError(
             f"cannot listen at {serve.host}:{serve.port}: {error.strerror or error}. Choose another with "
             f"--set serve.port=8001 (or serve.host), or stop what uses it."
         ) from error
-
-
-def _refusal(serve: ServeSettings) -> OSError | None:
-    """Return why the service cannot listen there; nothing if it can."""
-    try:
-        open_socket(serve.host, serve.port).close()
-    except OSError as error:
-        return error
-    return None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
-import time
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -38,7 +36,7 @@ class HttpServer:
         Raises:
             OSError: If it cannot listen there.
         """
-        listening = await _listen(host, port)
+        listening = await asyncio.to_thread(open_socket, host, port, FREE_WITHIN_S)
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -71,15 +69,3 @@ class HttpServer:
         """End it: no more connections, and a moment for answers under way."""
         self._server.should_exit = True
         await self._task
-
-
-async def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound there; waits for what has died there and holds it still."""
-    until_s = time.monotonic() + FREE_WITHIN_S
-    while True:
-        try:
-            return open_socket(host, port)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > until_s:
-                raise
-        await asyncio.sleep(POLL_S)

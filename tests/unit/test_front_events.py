@@ -111,6 +111,31 @@ def test_events_when_a_query_asks_for_none_then_nobody_is_told_of_its_results(tm
     assert len(parse(asyncio.run(follow()))) == 1
 
 
+def test_events_when_a_connection_breaks_again_and_again_then_the_next_goes_on_with_none_missed(tmp_path):
+    lanes = Lanes(tmp_path)
+    lanes.commit(50)
+    source = EventSource(ResultFeed(tmp_path, poll_s=0), 1)
+
+    async def follow():
+        place, seen, n_connections = Cursor(), [], 0
+        while len(seen) < 50:
+            n_connections += 1
+            until = min(50, len(seen) + 7)
+            lines = source.lines(place, EventFilter())
+            async for piece in lines:
+                for place_text, _, row in parse([piece]):
+                    seen.append(row["answer"])
+                    place = Cursor.parse(place_text)
+                if len(seen) >= until:
+                    break
+            await lines.aclose()
+        return seen, n_connections
+
+    seen, n_connections = asyncio.run(follow())
+    assert seen == [str(n) for n in range(50)]
+    assert n_connections > 3
+
+
 def test_events_when_too_many_listen_then_429_until_one_leaves(tmp_path):
     source = EventSource(ResultFeed(tmp_path, poll_s=0), 1)
 
