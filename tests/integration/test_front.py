@@ -202,19 +202,22 @@ def test_answer_when_who_asked_leaves_then_it_is_not_written_to_its_end(client, 
     n_words, asked = max(
         ((ask(client, url, **each).usage.completion_tokens, each) for each in drawn), key=itemgetter(0)
     )
-    before = llm.stats.remote().result(timeout_s=30)
-
-    with socket.create_connection((urlsplit(services.url).hostname, urlsplit(services.url).port)) as connection:
-        connection.sendall(raw_request(url, services.key, stream=stream_answer, **asked))
-        while llm.stats.remote().result(timeout_s=30)["prefixes_found"] == before["prefixes_found"]:
-            pass  # not begun yet
-    n_after = ask(client, url).usage.completion_tokens
-    time.sleep(0.5)  # in which the other would have been written to its end
-
-    after = llm.stats.remote().result(timeout_s=30)
     assert n_words > 20
-    assert after["answered"] == before["answered"] + 1
-    assert after["generated_tokens"] == before["generated_tokens"] + n_after
+
+    def is_stopped():
+        before = llm.stats.remote().result(timeout_s=30)
+        with socket.create_connection((urlsplit(services.url).hostname, urlsplit(services.url).port)) as connection:
+            connection.sendall(raw_request(url, services.key, stream=stream_answer, **asked))
+            while llm.stats.remote().result(timeout_s=30)["prefixes_found"] == before["prefixes_found"]:
+                pass  # not begun yet
+        n_after = ask(client, url).usage.completion_tokens
+        time.sleep(0.5)  # in which the other would have been written to its end
+        after = llm.stats.remote().result(timeout_s=30)
+        words = after["generated_tokens"] - before["generated_tokens"]
+        return (after["answered"] - before["answered"], words) == (1, n_after)
+
+    # A tenth of a second, and it is written: on a busy machine one may leave too late. One that nothing stops is never stopped.
+    assert any(is_stopped() for _ in range(5))
 
 
 def raw_request(url, key, **more):
