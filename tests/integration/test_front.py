@@ -216,7 +216,7 @@ def test_answer_when_who_asked_leaves_then_it_is_not_written_to_its_end(client, 
         words = after["generated_tokens"] - before["generated_tokens"]
         return (after["answered"] - before["answered"], words) == (1, n_after)
 
-    # A tenth of a second, and it is written: on a busy machine one may leave too late. One that nothing stops is never stopped.
+    # Written in a tenth of a second: on a busy machine one may leave too late, but what nothing stops never is stopped.
     assert any(is_stopped() for _ in range(5))
 
 
