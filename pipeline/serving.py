@@ -49,9 +49,9 @@ class StartingServices:
     def __init__(self, settings: Settings):
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
-        wanted = {*APPS, FRONT_APP} if settings.serve.enabled else set(APPS)
-        if wanted <= _running_apps():
-            logger.info("services_reused apps=%s", ",".join(sorted(wanted)))
+        self._wanted: set[str] = {*APPS, FRONT_APP} if settings.serve.enabled else set(APPS)
+        if self._wanted <= _running_apps():
+            logger.info("services_reused apps=%s", ",".join(sorted(self._wanted)))
             return
         if settings.serve.enabled:
             check_port(settings.serve)
@@ -77,10 +77,10 @@ class StartingServices:
         self.ready()
 
     def take_down(self) -> None:
-        """End them, but for those that ran before."""
+        """End them, but for those that ran before; and Serve, where nobody else uses it."""
         if self._thread is not None:
             self._thread.join()
-            serve.shutdown()
+            end_apps(self._wanted)
 
     def _run(self, settings: Settings) -> None:
         try:
@@ -113,6 +113,16 @@ def services(settings: Settings) -> Iterator[None]:
 
 def _running_apps() -> set[str]:
     return {name for name, app in serve.status().applications.items() if app.status == "RUNNING"}
+
+
+def end_apps(apps: set[str]) -> None:
+    """End applications that run, and Serve with them, where nobody else uses it."""
+    status = serve.status()
+    if status.applications.keys() <= apps and not status.proxies:  # ours alone, and we start no proxy
+        serve.shutdown()
+        return
+    for name in sorted(status.applications.keys() & apps):
+        serve.delete(name)
 
 
 def _deploy(settings: Settings) -> None:

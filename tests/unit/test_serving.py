@@ -175,7 +175,7 @@ def test_starting_services_when_they_cannot_start_then_raised_where_they_are_wai
     taken_down = []
     monkeypatch.setattr(serving, "_running_apps", set)
     monkeypatch.setattr(serving, "_deploy", deploy)
-    monkeypatch.setattr(serving.serve, "shutdown", lambda: taken_down.append(True))
+    monkeypatch.setattr(serving, "end_apps", taken_down.append)
 
     starting = StartingServices(load_settings(None, []))
 
@@ -184,4 +184,4 @@ def test_starting_services_when_they_cannot_start_then_raised_where_they_are_wai
     with pytest.raises(RuntimeError, match="no room"):
         starting.ready()
     starting.take_down()
-    assert taken_down == [True]
+    assert taken_down == [set(serving.APPS)]
