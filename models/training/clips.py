@@ -19,7 +19,7 @@ FPS = 2.0
 HELD_OUT_SEED = 1 << 40  # training worlds have seeds below, held-out ones from here on
 # Of feeds that are shown or measured live: no evaluation draws from this stream.
 FEEDS_SEED = HELD_OUT_SEED + (99 << 32)
-WORLDS = ("shapes", "needles")
+WORLDS = ("shapes", "scenes", "needles")
 
 MOTIONS = (STILL, *DIRECTIONS)
 SPEED_NAMES = (STILL, "slow", "fast")
@@ -68,14 +68,16 @@ class Clip:
 def world_of(seed: int, kind: str, needle_frames: int = 64, size_px: int = 64) -> ShapesWorld:
     """Return a world of one of `WORLDS`.
 
-    ``shapes`` is busy: one to three objects at a time, and more changes than the demo's feed has. ``needles`` is dull:
-    at most one object at a time and little change, with one to two needles in `needle_frames` frames on average.
+    ``shapes`` is busy: one to three objects at a time, and more changes than the demo's feed has. ``scenes`` is the
+    same, but its background changes after every second episode in place of every fifth: as often as not where it may,
+    so that when it may tells nothing. ``needles`` is dull: at most one object at a time and little change, with one to
+    two needles in `needle_frames` frames on average.
 
     Raises:
         ValueError: On an unknown kind.
     """
     rng = np.random.default_rng([seed, 11])
-    if kind == "shapes":
+    if kind in ("shapes", "scenes"):
         return ShapesWorld(
             ShapesSpec(
                 seed=seed,
@@ -84,6 +86,7 @@ def world_of(seed: int, kind: str, needle_frames: int = 64, size_px: int = 64) -
                 n_changes=((0, 2), (1, 2), (1, 3))[int(rng.integers(3))],
                 episode_s=float(rng.choice([10.0, 12.0, 14.0])),
                 still_share=0.25,
+                scene_episodes=2 if kind == "scenes" else 5,
             )
         )
     if kind == "needles":

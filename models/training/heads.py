@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clips import CHANGE_NAMES, MOTIONS, SPEED_NAMES, UNKNOWN, PlaceLabels
+from .clips import CHANGE_NAMES, FPS, MOTIONS, RECENT_S, SPEED_NAMES, UNKNOWN, PlaceLabels
 from .shapes_spec import COLOURS, SHAPES, SIZES
 
 _CLASSES = {
@@ -24,25 +24,33 @@ _CLASSES = {
 STILL_TARGETS = ("colour", "shape", "size")
 MOVING_TARGETS = (*STILL_TARGETS, "motion", "speed", "change", "background")
 _MOSTLY_NOTHING = ("colour", "change", "background")  # their class 0
+_SHADE_SCALES = (5.0, 50.0)  # of a place's mean colour and its change, whose differences are small and smaller
 _NOTHING_SHARE = 0.3  # of the loss of targets that know "nothing": places without an object are nine in ten
 
 
 class PlaceHeads(nn.Module):
-    """A norm and a linear layer for each target, and one for where in the place the object is."""
+    """A norm and a linear layer for each target, one for where in the place the object is, and one for its shade.
 
-    def __init__(self, width: int, targets: Sequence[str]):
+    Args:
+        width: Of what is read.
+        targets: What to tell.
+        shade: Whether to tell a place's mean colour, too, and by how much it changed of late.
+    """
+
+    def __init__(self, width: int, targets: Sequence[str], *, shade: bool = False):
         super().__init__()
         self.targets = tuple(targets)
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, _CLASSES[name]) for name in self.targets})
         self.offset = nn.Linear(width, 2)
+        self.shade = nn.Linear(width, 6) if shade else None
 
     def loss(self, x: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and of each target (right, asked) counts of the places that have an object.
 
         Args:
             x: (..., width).
-            labels: From `stack_labels`, each of x's leading shape.
+            labels: From `stack_labels`, each of x's leading shape; with the shade from `shades_of`, where it is told.
         """
         x = self.norm(x.float())
         losses: list[Tensor] = []
@@ -58,6 +66,10 @@ class PlaceHeads(nn.Module):
         there = ~torch.isnan(labels["offset"][..., 0])
         if there.any():
             losses.append(F.smooth_l1_loss(self.offset(x)[there], labels["offset"][there], beta=0.1))
+        if self.shade is not None:
+            told, wanted = self.shade(x).split(3, -1), labels["shade"].split(3, -1)
+            for scale, a, b in zip(_SHADE_SCALES, told, wanted, strict=True):
+                losses.append(scale * F.smooth_l1_loss(a, b, beta=0.02))
         return torch.stack(losses).sum(), counts
 
 
@@ -72,3 +84,19 @@ def stack_labels(labels: Sequence[PlaceLabels], device: torch.device | str = "cp
     """Return clips' labels as tensors (B, T, grid, grid), `offset` with two more."""
     names = (*MOVING_TARGETS, "offset")
     return {name: torch.from_numpy(np.stack([getattr(one, name) for one in labels])).to(device) for name in names}
+
+
+def shades_of(frames: np.ndarray, grid: int) -> Tensor:
+    """Return the mean colour of each place, in [-1, 1], and what it was less in the frame `RECENT_S` before.
+
+    Args:
+        frames: (T, size, size, 3) uint8 RGB.
+        grid: Places in a row.
+
+    Returns:
+        (T, grid, grid, 6) float32.
+    """
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    shades = F.adaptive_avg_pool2d(pixels, grid).permute(0, 2, 3, 1) / 127.5 - 1.0
+    before = (torch.arange(len(shades)) - round(RECENT_S * FPS)).clamp(min=0)
+    return torch.cat([shades, shades - shades[before]], -1)

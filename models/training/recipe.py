@@ -13,6 +13,7 @@ STORM's stages (arXiv 2503.04130, section 4) are such records: *align* trains th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -75,6 +76,10 @@ class Stage:
         seek: Of kinds of question, the share of windows that are drawn so that this kind can be asked: most windows
             have no caption without something at their ends, or two changes to compare. {}: windows as they come.
         only: Whether kinds that `weights` does not name are left out.
+        places: Of ``text``: weight, beside the texts, of what is at each place of each frame, which is read off the
+            temporal encoder as for ``motions``. 0: texts alone.
+        shade: Of ``motions``, and of ``text`` with `places`: also each place's mean colour and its change of late.
+            Nothing else asks for a background, so that what follows could not tell one from another.
         worlds: For each kind of world, its share of the clips.
         backwards: Share of the clips that are played backwards. Of those, captions and what objects do are not asked.
         cached_streams: Train on so many clips, which are seen once: where the language model alone trains, their
@@ -106,6 +111,8 @@ class Stage:
     weights: Mapping[str, float] = field(default_factory=dict)
     seek: Mapping[str, float] = field(default_factory=dict)
     only: bool = False
+    places: float = 0.0
+    shade: bool = False
     worlds: Mapping[str, float] = field(default_factory=lambda: {"shapes": 1.0})
     backwards: float = 0.5
     cached_streams: int = 0
@@ -144,6 +151,15 @@ class Stage:
             )
         if not 0.0 <= self.backwards <= 1.0:
             raise ValueError(f"{where}: backwards is {self.backwards}; expected a share, 0 to 1")
+        if self.places and (self.task != "text" or self.data is not None or "temporal_encoder" not in self.train):
+            raise ValueError(
+                f"{where}: places is {self.places} but {', '.join(self.train)} train on {self.data or self.task!r}; "
+                "expected task 'text' on the world of shapes, and a temporal encoder that trains"
+            )
+        if not 0.0 <= self.places < math.inf:
+            raise ValueError(f"{where}: places is {self.places}; expected a weight, 0 or more")
+        if self.shade and self.task != "motions" and not self.places:
+            raise ValueError(f"{where}: shade is set for task {self.task!r}; expected 'motions', or 'text' with places")
         if not self.train:
             raise ValueError(f"{where}: train names no part; expected one or more of {', '.join(PARTS)}")
         if self.cached_streams and (self.task != "text" or "vision_tower" in self.train):

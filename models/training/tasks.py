@@ -24,7 +24,7 @@ from ..storm import StormForConditionalGeneration
 from .cache_folder import SHARD_CLIPS
 from .clips import FPS, Clip, label_places, make_clip, seed_of
 from .feature_cache import FeatureCache
-from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, stack_labels
+from .heads import MOVING_TARGETS, STILL_TARGETS, PlaceHeads, shades_of, stack_labels
 from .packing import TextBatch, TextPacker, collate, look_back_at_most, look_within_frames
 from .pairs import PairClip, read_pairs
 from .plain_attention import plain_attention
@@ -128,15 +128,14 @@ class MotionsTask(Task):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.places = PlaceHeads(self.model.config.d_model, MOVING_TARGETS)
+        self.places = PlaceHeads(self.model.config.d_model, MOVING_TARGETS, shade=self.stage.shade)
         self.heads = self.places
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
         """See `Task.loss`."""
-        batch, model = self.stage.batch, self.model
+        batch = self.stage.batch
         clips = [self.clip(step * batch + i, held_out) for i in range(batch)]
-        labels = stack_labels([label_places(c, model.config.temporal_grid) for c in clips], model.device)
-        return self.places.loss(self._encode(clips, bfloat16=self.stage.bfloat16), labels)
+        return _loss_of_places(self.places, clips, self._encode(clips, bfloat16=self.stage.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -157,6 +156,9 @@ class TextTask(Task):
         self._packer = TextPacker(self.processor)
         self._cache: TokenCache | FeatureCache | None = None
         self._weights = self.stage.question_weights()
+        self._places: PlaceHeads | None = None
+        if self.stage.places:
+            self.heads = self._places = PlaceHeads(self.model.config.d_model, MOVING_TARGETS, shade=self.stage.shade)
 
     def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
         """Encode the stage's clips, where it says so."""
@@ -192,15 +194,13 @@ class TextTask(Task):
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
         """See `Task.loss`."""
-        batch, tokens = self.draw(step, held_out)
+        batch, tokens, windows, encoded = self._draw(step, held_out)
         predicted, wanted = self._predict(batch, tokens)
-        if not batch.kinds:  # no window of the step had anything to ask
-            return predicted.sum() * 0.0, {}
-        # Each text counts alike in half of the loss: a caption has ten times an answer's tokens.
-        each = F.cross_entropy(predicted, wanted, reduction="none")
-        n_of_text = torch.bincount(batch.texts, minlength=len(batch.kinds)).to(each.dtype).to(each.device)
-        weight = n_of_text[batch.texts] ** -0.5
-        loss = (each * weight).sum() / weight.sum()
+        # A step whose windows had nothing to ask has no texts.
+        loss = _mean_of_texts(predicted, wanted, batch) if batch.kinds else predicted.sum() * 0.0
+        if self._places is not None and encoded is not None:
+            clips = [self.clip(window.index) for window in windows]
+            loss = loss + self.stage.places * _loss_of_places(self._places, clips, encoded)[0]
         return loss, _count_texts(predicted.detach(), wanted, batch)
 
     def attention(self) -> AbstractContextManager[Any]:
@@ -213,19 +213,26 @@ class TextTask(Task):
 
     def draw(self, step: int, held_out: bool = False) -> tuple[TextBatch, Tensor]:
         """Return a step's texts and the video tokens for their placeholders, (n, d_model)."""
+        return self._draw(step, held_out)[:2]
+
+    def _draw(self, step: int, held_out: bool) -> tuple[TextBatch, Tensor, list[_Window], Tensor | None]:
+        """Return what `draw` does, the windows, and of a stage that trains it what the temporal encoder gives."""
         rng = np.random.default_rng([self.seed, self.stage_index, step, held_out])
         n_chunks, budget = self._draw_length(rng)
         first_row = step * self.stage.batch
         windows = [self._draw_window(rng, first_row + i, n_chunks, held_out) for i in range(self.stage.batch)]
+        encoded = None
+        if not held_out and set(self.stage.train) != {"language_model"}:
+            encoded = self._encode_for_training(windows)
         rows, tokens = [], []
-        for window, seen in zip(windows, self._encode_windows(windows, n_chunks, held_out), strict=True):
+        for window, seen in zip(windows, self._tokens_of(windows, n_chunks, encoded, held_out), strict=True):
             starts_s = [k * window.chunk_s for k in range(n_chunks)]
             shown = _choose(starts_s, seen, budget, self.stage.token_policy) if budget else (starts_s, list(seen))
             rows.append(self._packer.pack(shown[0], [len(each) for each in shown[1]], window.asked))
             tokens += shown[1]
         pad = self.processor.tokenizer.pad_token_id
         batch = collate(rows, pad if isinstance(pad, int) else 0).to(self.model.device)
-        return batch, torch.cat(tokens).to(self.model.device)
+        return batch, torch.cat(tokens).to(self.model.device), windows, encoded
 
     def _draw_length(self, rng: np.random.Generator) -> tuple[int, int]:
         """Draw the length of a step's windows in chunks, and the budget that goes with it."""
@@ -272,15 +279,16 @@ class TextTask(Task):
                 return _Window(index, first, asked, size / FPS)
         return _Window(row, 0, [], size / FPS)
 
-    def _encode_windows(self, windows: Sequence[_Window], n_chunks: int, held_out: bool) -> list[Tensor]:
+    def _tokens_of(
+        self, windows: Sequence[_Window], n_chunks: int, encoded: Tensor | None, held_out: bool
+    ) -> list[Tensor]:
         """Return each window's tokens, (n_chunks, tokens of a chunk, d_model)."""
         if isinstance(self._cache, TokenCache) and not held_out:
             return [self._cache.tokens[w.index, w.first : w.first + n_chunks] for w in windows]
-        if set(self.stage.train) == {"language_model"} or held_out:
+        if encoded is None:
             tokens = encode_clips(self.model, self.processor, [self.clip(w.index, held_out) for w in windows])
         else:
-            tokens = self._pool(self._encode_for_training(windows))
-            tokens = tokens.unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
+            tokens = self._pool(encoded).unflatten(1, (self.stage.clip_frames // self.model.config.chunk_frames, -1))
         return [tokens[i, w.first : w.first + n_chunks] for i, w in enumerate(windows)]
 
     def _encode_for_training(self, windows: Sequence[_Window]) -> Tensor:
@@ -391,6 +399,23 @@ def _choose(starts_s: Sequence[float], tokens: Tensor, budget: int, policy: str)
     chunks = [VideoChunk(s, s, each) for s, each in zip(starts_s, tokens.numpy(), strict=True)]
     chosen = select_chunks(chunks, budget, policy)
     return [c.start_s for c in chosen], [torch.from_numpy(c.tokens) for c in chosen]
+
+
+def _loss_of_places(places: PlaceHeads, clips: Sequence[Clip], encoded: Tensor) -> tuple[Tensor, Counts]:
+    """Return what `PlaceHeads.loss` does of whole clips, (B, T, rows, cols, d)."""
+    grid = encoded.shape[2]
+    labels = stack_labels([label_places(clip, grid) for clip in clips], encoded.device)
+    if places.shade is not None:
+        labels["shade"] = torch.stack([shades_of(clip.render(), grid) for clip in clips]).to(encoded.device)
+    return places.loss(encoded, labels)
+
+
+def _mean_of_texts(predicted: Tensor, wanted: Tensor, batch: TextBatch) -> Tensor:
+    """Return the loss. Each text counts alike in half of it: a caption has ten times an answer's tokens."""
+    each = F.cross_entropy(predicted, wanted, reduction="none")
+    n_of_text = torch.bincount(batch.texts, minlength=len(batch.kinds)).to(each.dtype).to(each.device)
+    weight = n_of_text[batch.texts] ** -0.5
+    return (each * weight).sum() / weight.sum()
 
 
 def _count_texts(predicted: Tensor, wanted: Tensor, batch: TextBatch) -> Counts:

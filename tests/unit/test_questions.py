@@ -19,7 +19,7 @@ from stormline.models.training.questions import (
     question_corpus,
 )
 from stormline.models.training.shapes import MARGIN_S, ShapesSpec, ShapesWorld, parse_shapes_url
-from stormline.models.training.shapes_spec import COLOURS, DIRECTIONS, SHAPES
+from stormline.models.training.shapes_spec import BACKGROUND_CHANGES, COLOURS, DIRECTIONS, SHAPES
 from stormline.pipeline.commands.demo import shapes_feed
 
 ALL = dict.fromkeys(KINDS, 1.0)
@@ -263,3 +263,14 @@ def test_scores_when_clauses_are_missing_or_made_up_then_less():
 
 def test_corpus_when_asked_twice_then_the_same():
     assert list(question_corpus(4)) == list(question_corpus(4))
+
+
+def test_scenes_when_counted_then_the_background_changes_after_every_second_episode():
+    changes = {"shapes": 0, "scenes": 0}
+    for kind in changes:
+        for i in range(20):
+            events = world_of(i, kind).events(0.0, 140.0)  # ten to fourteen episodes
+            changes[kind] += sum(event.kind == BACKGROUND_CHANGES for event in events)
+
+    assert 4.5 <= changes["scenes"] / 20 <= 7.0
+    assert 1.5 <= changes["shapes"] / 20 <= 3.0

@@ -23,6 +23,7 @@ from stormline.models.loading import load_model
 from stormline.models.tokenizer import END, VIDEO
 from stormline.models.training import real_video
 from stormline.models.training.cache_folder import keep_only, shard_path
+from stormline.models.training.heads import shades_of
 from stormline.models.training.pairs import read_pairs
 from stormline.models.training.plain_attention import PLAIN_ATTENTION
 from stormline.models.training.real_video import LastUsed, length_of, read_stretch, stretch_s
@@ -189,6 +190,67 @@ def test_text_loss_when_no_window_of_a_step_can_be_asked_then_it_is_zero_and_tra
     assert trainer.run() is not None
 
 
+PLACES = {"name": "all", "task": "text", "train": ["vision_tower", "multi_modal_projector", "temporal_encoder"]} | {
+    "steps": 2,
+    "batch": 2,
+    "clip_frames": 8,
+    "window_chunks": [2],
+}
+
+
+def test_text_loss_when_it_has_places_then_their_loss_comes_on_top_and_trains_what_sees(tmp_path):
+    trainer = Trainer(recipe([PLACES]), tmp_path, device="cpu")
+    stages = [replace(trainer.recipe.stages[0], places=weight) for weight in (0.0, 0.5, 1.0)]
+    losses = []
+    for stage in stages:
+        torch.manual_seed(0)  # of the heads
+        task = build_task(stage, 0, trainer.recipe, trainer.model, trainer.processor)
+        losses.append(task.loss(0)[0])
+    losses[2].backward()
+
+    texts, half, whole = (loss.item() for loss in losses)
+    assert half - texts > 0.5
+    assert whole - texts == pytest.approx(2 * (half - texts), rel=1e-4)
+    assert all(head.grad.abs().sum() > 0 for head in task.heads.parameters())
+
+
+def test_trainer_when_a_stage_with_places_is_stopped_then_it_goes_on_to_the_same_model(tmp_path):
+    made = recipe([PLACES | {"places": 0.5}])
+    Trainer(made, tmp_path / "stopped", device="cpu").run(should_stop=lambda: True)
+
+    pieces = weights(Trainer(made, tmp_path / "stopped", device="cpu").run())
+
+    whole = weights(Trainer(made, tmp_path / "whole", device="cpu").run())
+    assert [name for name in whole if not torch.equal(whole[name], pieces[name])] == []
+
+
+@pytest.mark.parametrize("places", [{"task": "motions"}, {"task": "text", "places": 1.0}])
+def test_places_when_their_shade_is_told_then_its_loss_comes_on_top(places, tmp_path):
+    losses = []
+    for shade in (False, True):
+        trainer = Trainer(recipe([PLACES | places | {"shade": shade}]), tmp_path / str(shade), device="cpu")
+        torch.manual_seed(0)  # of the heads
+        task = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
+        losses.append(task.loss(0)[0])
+
+    losses[1].backward()
+    assert losses[1] - losses[0] > 0.1
+    assert task.heads.shade.weight.grad.abs().sum() > 0
+
+
+def test_shades_when_a_quarter_of_a_frame_lights_up_then_that_place_is_bright_and_has_changed_of_late():
+    frames = np.zeros((6, 8, 8, 3), np.uint8)
+    frames[1:, 4:, :4, 1] = 255
+
+    shades = shades_of(frames, 2)
+
+    assert shades.shape == (6, 2, 2, 6)
+    assert shades[0, 1, 0].tolist() == [-1.0, -1.0, -1.0, 0.0, 0.0, 0.0]
+    assert shades[1:, 1, 0, :3].tolist() == [[-1.0, 1.0, -1.0]] * 5
+    assert shades[:, 1, 0, 4].tolist() == [0.0, 2.0, 2.0, 2.0, 0.0, 0.0]
+    assert (shades[:, :, 1, :3] == -1.0).all()
+
+
 def test_windows_when_a_rows_own_clip_has_nothing_to_ask_then_another_clip_is_asked(tmp_path):
     stage = {"name": "tell", "task": "text", "train": ["language_model"], "steps": 1, "batch": 12, "clip_frames": 16}
     captions = stage | {"window_chunks": [2], "weights": {"caption": 1.0}, "only": True}
@@ -281,6 +343,9 @@ def test_learning_rate_when_over_a_stage_then_up_and_down():
         ({"task": "text", "seek": {"when": 1}, "weights": {"when": 0}}, "seek names when, of weight 0"),
         ({"task": "text", "only": True, "weights": {"needle count": 1}}, "nothing can be asked"),
         ({"task": "text", "only": True}, "nothing can be asked"),
+        ({"task": "text", "places": 0.1}, "expected task 'text' on the world of shapes, and a temporal encoder that"),
+        ({"task": "text", "train": ["temporal_encoder"], "places": -1}, "places is -1; expected a weight, 0 or more"),
+        ({"task": "text", "shade": True}, "expected 'motions', or 'text' with places"),
     ],
 )
 def test_recipe_when_it_makes_no_sense_then_says_what(change, message):
