@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import openai
+from measuring import free_port
 
 from stormline.infra.broker import EmbeddedBroker
 from stormline.models.training.clips import HELD_OUT_SEED
@@ -113,12 +113,6 @@ def ask_all(url: str, facts: list[Fact]) -> list[tuple[Fact, str]]:
 
         with ThreadPoolExecutor(ASKERS) as pool:
             return list(pool.map(answer, facts))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def tally(answers: list[tuple[Fact, str]], name: Callable[[Fact], str]) -> dict[str, dict[str, Any]]:

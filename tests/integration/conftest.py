@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_port import free_port
 
 from stormline.infra.broker import EmbeddedBroker
 from stormline.pipeline.embedded_ray import SERVE_ENVIRONMENT
@@ -69,9 +69,7 @@ def services(ray_session: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
     out = tmp_path_factory.mktemp("served")
     key, digest = new_key()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["serve.enabled=true", f"serve.port={port}", f"serve.keys=[{digest}]", "serve.token_budget=64"]
     with running(load_settings(None, [f"output.path={out}", *options])):
         yield Services(f"http://127.0.0.1:{port}", out, key)

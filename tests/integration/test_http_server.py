@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass, field
 
 import pytest
+from free_port import free_port
 
 from stormline.pipeline.front import app as front_app
 from stormline.pipeline.front import http_server
@@ -18,12 +19,6 @@ from stormline.pipeline.settings import ServeSettings
 
 HOST = "127.0.0.1"
 OVER_ALL_BUFFERS = 64 << 20  # more than the kernel takes for a reader that does not read
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 async def hello(scope, receive, send):
