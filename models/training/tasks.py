@@ -35,6 +35,7 @@ from .token_cache import TokenCache, encode_clips, fill_cache
 _TRIES = 4  # windows drawn for a row before it may have fewer questions
 _SOUGHT_TRIES = 64  # before it may lack the kind of question that it is drawn for: a try takes a tenth of a millisecond
 _FOR_SURE = 1e6  # weight of that kind: it is among the questions
+_STEPS_KEPT = 2  # of clips that are drawn anew
 _OTHER_CLIPS = 16  # looked at where a row's own has nothing to ask
 Counts = dict[str, Tensor]  # by target or kind of question: (right, asked)
 
@@ -53,7 +54,8 @@ class Task:
         self.stage, self.stage_index, self.seed = stage, stage_index, recipe.seed
         self.model, self.processor = model, processor
         self.heads: nn.Module = nn.ModuleDict()
-        self._clip = lru_cache(maxsize=max(4096, stage.cached_streams))(self._make_clip)
+        # A clip holds megabytes once it is drawn, and what is drawn anew at each step does not come again.
+        self._clip = lru_cache(maxsize=stage.cached_streams or _STEPS_KEPT * stage.batch)(self._make_clip)
 
     def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
         """Do what has to be done once before the steps."""

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -249,6 +250,17 @@ def test_shades_when_a_quarter_of_a_frame_lights_up_then_that_place_is_bright_an
     assert shades[1:, 1, 0, :3].tolist() == [[-1.0, 1.0, -1.0]] * 5
     assert shades[:, 1, 0, 4].tolist() == [0.0, 2.0, 2.0, 2.0, 0.0, 0.0]
     assert (shades[:, :, 1, :3] == -1.0).all()
+
+
+def test_clips_when_drawn_anew_at_each_step_then_those_of_steps_ago_are_let_go(tmp_path):
+    trainer = Trainer(recipe([PLACES]), tmp_path, device="cpu")
+    task = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
+    first = weakref.ref(task.clip(0))
+
+    for index in range(1, 40):
+        task.clip(index)
+
+    assert first() is None
 
 
 def test_windows_when_a_rows_own_clip_has_nothing_to_ask_then_another_clip_is_asked(tmp_path):
