@@ -34,7 +34,7 @@ def train(
 
     [bold]Examples[/]
 
-      stormline train                                     # the model that stormline ships, 6 hours on 2 cores
+      stormline train                                     # the model that stormline ships, 9 hours on 2 cores
 
       stormline train shapes-two-hours                    # less good, in 2 to 2½ hours: to try changes with
 
