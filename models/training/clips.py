@@ -26,6 +26,7 @@ SPEED_NAMES = (STILL, "slow", "fast")
 CHANGE_NAMES = ("appears", "leaves", "starts moving", "stops", "turns", "changes colour", "grows", "shrinks")
 UNKNOWN = -100  # label of a place that says nothing; cross entropy ignores it
 RECENT_S = 1.5  # for how long a change is told at its place: three frames
+AGE_S = 5.0  # for how long an object's last change is told with how long ago it was
 _SETTLED_S = 0.75  # after a change of motion, until two frames show the new one
 _BACKWARDS = {"appears": "leaves", "leaves": "appears", "starts moving": "stops", "stops": "starts moving"} | {
     "grows": "shrinks",
@@ -161,7 +162,7 @@ def _with_camera(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class PlaceLabels:
     """What is at each place of each frame: for the first stages, which learn to see before they learn to speak.
 
-    Arrays are (T, grid, grid) int64, `UNKNOWN` where nothing can be told, but `offset`.
+    Arrays are (T, grid, grid) int64, `UNKNOWN` where nothing can be told, but `offset` and `age`.
     """
 
     colour: np.ndarray  # 0 for nothing, else 1 + index into COLOURS
@@ -172,6 +173,7 @@ class PlaceLabels:
     change: np.ndarray  # 0 for none of late, else 1 + index into CHANGE_NAMES
     background: np.ndarray  # 0, or 1 where the whole background changed of late
     offset: np.ndarray  # (T, grid, grid, 2) float32: the object's centre from the place's, in places; NaN for none
+    age: np.ndarray  # (T, grid, grid) float32: seconds since the object's last change that was seen; NaN for none
 
 
 def label_places(clip: Clip, grid: int) -> PlaceLabels:
@@ -186,28 +188,30 @@ def label_places(clip: Clip, grid: int) -> PlaceLabels:
         change=np.zeros(shape, np.int64),
         background=np.zeros(shape, np.int64),
         offset=np.full((*shape, 2), np.nan, np.float32),
+        age=np.full(shape, np.nan, np.float32),
     )
     times = clip.times_s()
-    events = clip.world.events(max(0.0, float(times.min()) - 3.0), float(times.max()) + 3.0)
+    events = clip.world.events(max(0.0, float(times.min()) - AGE_S), float(times.max()) + AGE_S)
     for frame, t_s in enumerate(times.tolist()):
-        recent = _recent_events(events, t_s, clip.backwards)
+        told = _events_before(events, t_s, clip.backwards)
+        recent = [each for each in told if each[1] < RECENT_S]
         labels.background[frame] = any(
             kind == BACKGROUND_CHANGES and age <= (frame - 1) / FPS for kind, age, _ in recent
         )
         _label_leavers(labels, frame, recent, clip, grid)
         for state in clip.world.objects_at(t_s):
-            own = [(kind, age) for kind, age, e in recent if e.object_id == state.object_id and kind != "leaves"]
+            own = [(kind, age) for kind, age, e in told if e.object_id == state.object_id and kind != "leaves"]
             _label_object(labels, frame, state, own, clip, grid)
     return labels
 
 
-def _recent_events(events: Sequence[Event], t_s: float, backwards: bool) -> list[tuple[str, float, Event]]:
-    """Return (kind as played, age in s, event) of what happened of late, as played; the latest last."""
+def _events_before(events: Sequence[Event], t_s: float, backwards: bool) -> list[tuple[str, float, Event]]:
+    """Return (kind as played, age in s, event) of what happened in the last `AGE_S`, as played; the latest last."""
     told = []
     for event in events:
         age_s = event.t_s - t_s if backwards else t_s - event.t_s
         kind = _BACKWARDS.get(event.kind, event.kind) if backwards else event.kind
-        if 0.0 <= age_s < RECENT_S and kind in (*CHANGE_NAMES, BACKGROUND_CHANGES):
+        if 0.0 <= age_s < AGE_S and kind in (*CHANGE_NAMES, BACKGROUND_CHANGES):
             told.append((kind, age_s, event))
     return sorted(told, key=lambda item: -item[1])
 
@@ -246,5 +250,7 @@ def _label_object(
     labels.motion[frame, rows, cols] = MOTIONS.index(motion) if settled else UNKNOWN
     labels.speed[frame, rows, cols] = SPEED_NAMES.index(state.speed) if settled else UNKNOWN
     # What happened before the clip's first frame cannot be seen.
-    seen = [kind for kind, age in own if age <= (frame - 1) / FPS]
-    labels.change[frame, rows, cols] = 1 + CHANGE_NAMES.index(seen[-1]) if seen else 0
+    seen = [(kind, age) for kind, age in own if age <= (frame - 1) / FPS]
+    late = [kind for kind, age in seen if age < RECENT_S]
+    labels.change[frame, rows, cols] = 1 + CHANGE_NAMES.index(late[-1]) if late else 0
+    labels.age[frame, rows, cols] = seen[-1][1] if seen else np.nan

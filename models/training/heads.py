@@ -25,25 +25,28 @@ STILL_TARGETS = ("colour", "shape", "size")
 MOVING_TARGETS = (*STILL_TARGETS, "motion", "speed", "change", "background")
 _MOSTLY_NOTHING = ("colour", "change", "background")  # their class 0
 _SHADE_SCALES = (5.0, 50.0)  # of a place's mean colour and its change, whose differences are small and smaller
+_AGE_SCALE = 2.0  # of how long ago an object changed, in seconds
 _NOTHING_SHARE = 0.3  # of the loss of targets that know "nothing": places without an object are nine in ten
 
 
 class PlaceHeads(nn.Module):
-    """A norm and a linear layer for each target, one for where in the place the object is, and one for its shade.
+    """A norm and a linear layer for each target, one for where in the place the object is, and those asked for.
 
     Args:
         width: Of what is read.
         targets: What to tell.
         shade: Whether to tell a place's mean colour, too, and by how much it changed of late.
+        ages: Whether to tell how long ago the object there changed.
     """
 
-    def __init__(self, width: int, targets: Sequence[str], *, shade: bool = False):
+    def __init__(self, width: int, targets: Sequence[str], *, shade: bool = False, ages: bool = False):
         super().__init__()
         self.targets = tuple(targets)
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, _CLASSES[name]) for name in self.targets})
         self.offset = nn.Linear(width, 2)
         self.shade = nn.Linear(width, 6) if shade else None
+        self.age = nn.Linear(width, 1) if ages else None
 
     def loss(self, x: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and of each target (right, asked) counts of the places that have an object.
@@ -70,6 +73,12 @@ class PlaceHeads(nn.Module):
             told, wanted = self.shade(x).split(3, -1), labels["shade"].split(3, -1)
             for scale, a, b in zip(_SHADE_SCALES, told, wanted, strict=True):
                 losses.append(scale * F.smooth_l1_loss(a, b, beta=0.02))
+        aged = ~torch.isnan(labels["age"])
+        if self.age is not None and aged.any():
+            told = self.age(x)[..., 0][aged]
+            losses.append(_AGE_SCALE * F.smooth_l1_loss(told, labels["age"][aged], beta=0.25))
+            near = (told.detach() - labels["age"][aged]).abs() < 0.5 / FPS
+            counts["age"] = torch.stack([near.sum(), aged.sum()])
         return torch.stack(losses).sum(), counts
 
 
@@ -82,7 +91,7 @@ def _mean_loss(logits: Tensor, wanted: Tensor, chosen: Tensor) -> Tensor:
 
 def stack_labels(labels: Sequence[PlaceLabels], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Return clips' labels as tensors (B, T, grid, grid), `offset` with two more."""
-    names = (*MOVING_TARGETS, "offset")
+    names = (*MOVING_TARGETS, "offset", "age")
     return {name: torch.from_numpy(np.stack([getattr(one, name) for one in labels])).to(device) for name in names}
 
 

@@ -74,12 +74,14 @@ class Stage:
         questions: Most questions and captions to a window.
         weights: Of kinds of question; kinds not named have weight 1, or 0 where `only` is set.
         seek: Of kinds of question, the share of windows that are drawn so that this kind can be asked: most windows
-            have no caption without something at their ends, or two changes to compare. {}: windows as they come.
+            have no caption without something at their ends, or two changes to compare. They are sought in other
+            clips, where a row's own has none. {}: windows as they come.
         only: Whether kinds that `weights` does not name are left out.
         places: Of ``text``: weight, beside the texts, of what is at each place of each frame, which is read off the
             temporal encoder as for ``motions``. 0: texts alone.
         shade: Of ``motions``, and of ``text`` with `places`: also each place's mean colour and its change of late.
             Nothing else asks for a background, so that what follows could not tell one from another.
+        ages: Of the same: also how long ago the object at a place last changed, which tells what came first.
         worlds: For each kind of world, its share of the clips.
         backwards: Share of the clips that are played backwards. Of those, captions and what objects do are not asked.
         cached_streams: Train on so many clips, which are seen once: where the language model alone trains, their
@@ -113,6 +115,7 @@ class Stage:
     only: bool = False
     places: float = 0.0
     shade: bool = False
+    ages: bool = False
     worlds: Mapping[str, float] = field(default_factory=lambda: {"shapes": 1.0})
     backwards: float = 0.5
     cached_streams: int = 0
@@ -158,8 +161,11 @@ class Stage:
             )
         if not 0.0 <= self.places < math.inf:
             raise ValueError(f"{where}: places is {self.places}; expected a weight, 0 or more")
-        if self.shade and self.task != "motions" and not self.places:
-            raise ValueError(f"{where}: shade is set for task {self.task!r}; expected 'motions', or 'text' with places")
+        for name in ("shade", "ages"):
+            if getattr(self, name) and self.task != "motions" and not self.places:
+                raise ValueError(
+                    f"{where}: {name} is set for task {self.task!r}; expected 'motions', or 'text' with places"
+                )
         if not self.train:
             raise ValueError(f"{where}: train names no part; expected one or more of {', '.join(PARTS)}")
         if self.cached_streams and (self.task != "text" or "vision_tower" in self.train):

@@ -130,7 +130,7 @@ class MotionsTask(Task):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.places = PlaceHeads(self.model.config.d_model, MOVING_TARGETS, shade=self.stage.shade)
+        self.places = _moving_heads(self.model, self.stage)
         self.heads = self.places
 
     def loss(self, step: int, *, held_out: bool = False) -> tuple[Tensor, Counts]:
@@ -160,7 +160,7 @@ class TextTask(Task):
         self._weights = self.stage.question_weights()
         self._places: PlaceHeads | None = None
         if self.stage.places:
-            self.heads = self._places = PlaceHeads(self.model.config.d_model, MOVING_TARGETS, shade=self.stage.shade)
+            self.heads = self._places = _moving_heads(self.model, self.stage)
 
     def prepare(self, folder: Path, on_clips: Callable[[int], None]) -> None:
         """Encode the stage's clips, where it says so."""
@@ -248,11 +248,14 @@ class TextTask(Task):
         best = _Window(0, 0, [], size / FPS)
         sought = _by_share(self.stage.seek, rng.random()) if self.stage.seek else None
         weights = self._weights if sought is None else {**self._weights, sought: _FOR_SURE}
-        for left in reversed(range(_TRIES if sought is None else _SOUGHT_TRIES)):
-            n_cached = self.stage.cached_streams
-            index = int(rng.integers(n_cached)) if n_cached and not held_out else row
+        n_tries = _TRIES if sought is None else _SOUGHT_TRIES
+        n_cached = 0 if held_out else self.stage.cached_streams
+        for left in reversed(range(n_tries)):
+            index = int(rng.integers(n_cached)) if n_cached else row
+            if sought is not None and not n_cached and n_tries - left > _TRIES:  # the row's own has it not
+                index = int(rng.integers(1 << 32))
             first = int(rng.integers(n_clip_chunks - n_chunks + 1))
-            clip = self.clip(index, held_out)
+            clip = self.clip(index, held_out) if index == row or n_cached else self._make_clip(index, held_out)
             view = clip.window(first * size, (first + n_chunks) * size)
             if sought is not None and left and not ask(view, rng, 1, {sought: 1.0}, backwards=clip.backwards):
                 continue
@@ -261,7 +264,7 @@ class TextTask(Task):
                 best = _Window(index, first, asked, size / FPS)
             if len(asked) >= self.stage.questions // 2:
                 break
-        if best.asked or (self.stage.cached_streams and not held_out):  # then each try was of another clip
+        if best.asked or n_cached:  # then each try was of another clip
             return best
         return self._draw_elsewhere(row, n_chunks, held_out)
 
@@ -401,6 +404,11 @@ def _choose(starts_s: Sequence[float], tokens: Tensor, budget: int, policy: str)
     chunks = [VideoChunk(s, s, each) for s, each in zip(starts_s, tokens.numpy(), strict=True)]
     chosen = select_chunks(chunks, budget, policy)
     return [c.start_s for c in chosen], [torch.from_numpy(c.tokens) for c in chosen]
+
+
+def _moving_heads(model: StormForConditionalGeneration, stage: Stage) -> PlaceHeads:
+    """Return heads that read the temporal encoder."""
+    return PlaceHeads(model.config.d_model, MOVING_TARGETS, shade=stage.shade, ages=stage.ages)
 
 
 def _loss_of_places(places: PlaceHeads, clips: Sequence[Clip], encoded: Tensor) -> tuple[Tensor, Counts]:

@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stormline.models.training.clips import FEEDS_SEED, HELD_OUT_SEED, Clip, label_places, make_clip, seed_of, world_of
+from stormline.models.training.clips import (
+    AGE_S,
+    FEEDS_SEED,
+    HELD_OUT_SEED,
+    RECENT_S,
+    Clip,
+    label_places,
+    make_clip,
+    seed_of,
+    world_of,
+)
 from stormline.models.training.evaluate import draw_items
 from stormline.models.training.questions import (
     KINDS,
@@ -239,6 +249,25 @@ def test_labels_when_background_changes_then_told_for_the_next_frames_at_every_p
         expected[cut : cut + 3] = 1
     assert len(cuts) == 3
     np.testing.assert_array_equal(changed, np.broadcast_to(expected[:, None, None], (64, 8, 8)))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_labels_when_an_object_changed_then_told_how_long_ago_until_five_seconds_later(backwards):
+    one = ShapesWorld(ShapesSpec(seed=5, size_px=64, n_objects=(1, 1), episode_s=10.0))
+    clip = Clip(0, one, 3.2, 64, backwards, augment=False)
+
+    age = label_places(clip, 8).age
+
+    told, changes = ~np.isnan(age), label_places(clip, 8).change > 0
+    for frame in range(1, 64):
+        ages = age[frame][told[frame]]
+        assert len(set(ages.tolist())) <= 1  # there is one object
+        assert ((ages >= 0) & (ages < AGE_S)).all()
+        if ages.size and ages[0] >= 0.5:  # half a second before, it was told that much less
+            before = age[frame - 1][told[frame - 1]]
+            assert before[0] == pytest.approx(ages[0] - 0.5, abs=1e-5)
+    assert (age[told & changes] < RECENT_S).all()
+    assert told.any(axis=(1, 2)).sum() > changes.any(axis=(1, 2)).sum() > 5
 
 
 def test_clips_when_few_are_to_run_backwards_then_few_do_and_the_others_stay_as_they_were():

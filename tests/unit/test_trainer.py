@@ -176,6 +176,22 @@ def test_windows_when_drawn_for_a_kind_then_nearly_all_are_asked_it(tmp_path):
     assert asked["as they come"] < 18
 
 
+def test_windows_when_clips_are_drawn_anew_then_what_their_own_lack_is_sought_in_others(tmp_path):
+    stage = STAGES[2] | {"window_chunks": [4], "budget_tokens": [], "cached_streams": 0, "batch": 12}
+    seeking = stage | {"seek": {"first change": 1.0}, "worlds": {"shapes": 1.0}}
+    trainer = Trainer(recipe([seeking]), tmp_path, device="cpu")
+    asked = {}
+    for name, sought in (("as they come", {}), ("sought", {"first change": 1.0})):
+        stage = replace(trainer.recipe.stages[0], seek=sought)
+        task = build_task(stage, 0, trainer.recipe, trainer.model, trainer.processor)
+        asked[name] = sum(task.draw(step)[0].kinds.count("first change") for step in range(2))
+    again = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
+
+    assert asked["sought"] >= 15  # of 24: 64 tries do not always find one
+    assert asked["as they come"] <= 6
+    assert torch.equal(task.draw(1)[0].input_ids, again.draw(1)[0].input_ids)
+
+
 def test_text_loss_when_no_window_of_a_step_can_be_asked_then_it_is_zero_and_training_goes_on(tmp_path):
     few = {"weights": {"first change": 1.0}, "only": True, "worlds": {"shapes": 1.0}}
     stage = {"name": "rare", "task": "text", "train": ["language_model"], "steps": 2, "batch": 1, "clip_frames": 8}
@@ -226,17 +242,18 @@ def test_trainer_when_a_stage_with_places_is_stopped_then_it_goes_on_to_the_same
 
 
 @pytest.mark.parametrize("places", [{"task": "motions"}, {"task": "text", "places": 1.0}])
-def test_places_when_their_shade_is_told_then_its_loss_comes_on_top(places, tmp_path):
+@pytest.mark.parametrize(("told", "head"), [("shade", "shade"), ("ages", "age")])
+def test_places_when_more_is_told_then_its_loss_comes_on_top(told, head, places, tmp_path):
     losses = []
-    for shade in (False, True):
-        trainer = Trainer(recipe([PLACES | places | {"shade": shade}]), tmp_path / str(shade), device="cpu")
+    for more in (False, True):
+        trainer = Trainer(recipe([PLACES | places | {told: more}]), tmp_path / str(more), device="cpu")
         torch.manual_seed(0)  # of the heads
         task = build_task(trainer.recipe.stages[0], 0, trainer.recipe, trainer.model, trainer.processor)
         losses.append(task.loss(0)[0])
 
     losses[1].backward()
     assert losses[1] - losses[0] > 0.1
-    assert task.heads.shade.weight.grad.abs().sum() > 0
+    assert getattr(task.heads, head).weight.grad.abs().sum() > 0
 
 
 def test_shades_when_a_quarter_of_a_frame_lights_up_then_that_place_is_bright_and_has_changed_of_late():
@@ -357,7 +374,8 @@ def test_learning_rate_when_over_a_stage_then_up_and_down():
         ({"task": "text", "only": True}, "nothing can be asked"),
         ({"task": "text", "places": 0.1}, "expected task 'text' on the world of shapes, and a temporal encoder that"),
         ({"task": "text", "train": ["temporal_encoder"], "places": -1}, "places is -1; expected a weight, 0 or more"),
-        ({"task": "text", "shade": True}, "expected 'motions', or 'text' with places"),
+        ({"task": "text", "shade": True}, "shade is set for task 'text'; expected 'motions', or 'text' with places"),
+        ({"task": "text", "ages": True}, "ages is set for task 'text'; expected 'motions', or 'text' with places"),
     ],
 )
 def test_recipe_when_it_makes_no_sense_then_says_what(change, message):
